@@ -1,0 +1,962 @@
+"""fastspec: lossless speculative decoding with MLP speculators, one CUDA graph per step.
+
+Reads downward: sampling, the decode step, the engine that holds its state, the host loop, LLM,
+the command line.
+
+Letters in shape comments:
+    B rows (sequences)     N candidate tokens per row and step (1 + k drafted)     S cache slots
+    D hidden width         V vocabulary                                            C prefill chunk
+"""
+
+import argparse
+import math
+import os
+import re
+import secrets
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import huggingface_hub
+import torch
+import torch.nn as nn
+from huggingface_hub.utils import tqdm
+from torch import Tensor
+
+from model import ModelArgs, Transformer, kv_cache_shape, load_model, read_json, write_cache
+from speculator import SpeculatorArgs, load_speculator
+from tokenizer import Tokenizer, load_tokenizer
+
+# --- sampling ----------------------------------------------------------------------------------
+# The next token is argmax(logits + T * g), with g a fixed function of (seed, position, token).
+# A draft is accepted exactly when it equals the target's own choice at its position, so neither
+# the speculator nor the batch can change the text.
+
+
+def mix(h: Tensor) -> Tensor:
+    """Finalizer of MurmurHash3: a bijection of 32-bit words, held in int32."""
+    h = (h ^ ((h >> 16) & 0xFFFF)) * -2048144789  # 0x85EBCA6B
+    h = (h ^ ((h >> 13) & 0x7FFFF)) * -1028477387  # 0xC2B2AE35
+    return h ^ ((h >> 16) & 0xFFFF)
+
+
+def gumbel(bits: Tensor) -> Tensor:
+    """Standard Gumbel noise, float32, from uniform 32-bit words in int32.
+
+    The large values come from small v, where float32 is dense: a 24-bit uniform would cut the
+    tail off and, rounded to 1, give infinity.
+    """
+    h = (bits.long() & 0xFFFFFFFF).float()
+    v = ((h + 0.5) * 2**-32).clamp(max=1 - 2**-24)
+    return -torch.log(-torch.log1p(-v))
+
+
+def noise(seed: Tensor, position: Tensor, vocab_size: int) -> Tensor:
+    """Gumbel noise [B, n, V] of the tokens at absolute `position` [B, n], for `seed` [B]."""
+    seed, position = seed[:, None], position.int()
+    low, high = wrap_int32(seed), wrap_int32(seed >> 32)
+    a = mix(mix(low + position * -1640531527) ^ high)  # two words per (seed, position), so that
+    b = mix(mix(high - position * 1013904223) + a)  # no two positions share shifted noise
+    token = torch.arange(vocab_size, device=seed.device, dtype=torch.int32)
+    return gumbel(mix(mix(token + a[..., None]) ^ b[..., None]))
+
+
+def wrap_int32(x: Tensor) -> Tensor:
+    """The low 32 bits of int64, as int32."""
+    return (((x + 2**31) & 0xFFFFFFFF) - 2**31).int()
+
+
+def kept_tokens(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor):
+    """Mask [B, n, V] of the tokens that top-k, then top-p, and min-p leave; settings are [B].
+
+    Each filter keeps every token whose probability reaches some threshold (tokens of equal
+    probability stay together), so thresholds are searched for and nothing is sorted. As in
+    transformers and vLLM, top-p counts the mass that top-k left.
+    """
+    temperature, top_k, top_p, min_p = (
+        s[:, None, None] for s in (temperature, top_k, top_p, min_p)
+    )
+    scaled = (logits - logits.amax(-1, keepdim=True)) / temperature.clamp_min(1e-6)
+    p = scaled.softmax(-1)  # [B n V]
+
+    def enough_tokens(t):
+        return (p >= t).sum(-1, keepdim=True) >= top_k
+
+    least = torch.where(top_k > 0, largest_threshold(p, enough_tokens), 0.0)
+    p = torch.where(p >= least, p, 0.0)
+    wanted = top_p * p.sum(-1, keepdim=True)
+
+    def enough_mass(t):
+        return torch.where(p >= t, p, 0.0).sum(-1, keepdim=True) >= wanted
+
+    nucleus = torch.where(top_p < 1, largest_threshold(p, enough_mass), 0.0)
+    least = torch.maximum(torch.maximum(least, nucleus), min_p * p.amax(-1, keepdim=True))
+    return p >= least
+
+
+def largest_threshold(p: Tensor, enough) -> Tensor:
+    """Largest float32 t in [0, 1] with enough(t), which must hold up to some t and not beyond.
+
+    Bit by bit: non-negative floats order as their bit patterns do. Shape [B, n, 1].
+    """
+    bits = torch.zeros_like(p[..., :1], dtype=torch.int32)
+    for bit in reversed(range(30)):
+        trial = bits | (1 << bit)
+        bits = torch.where(enough(trial.view(torch.float32)), trial, bits)
+    return bits.view(torch.float32)
+
+
+# --- the decode step ---------------------------------------------------------------------------
+
+MAX_STOP_IDS = 16
+PREFILL_SIZES = (64, 256, 1024)
+HEADER = 4  # columns of a result before its tokens: request, tokens emitted, accepted, done
+
+
+def count_emitted(
+    draft: Tensor, sampled: Tensor, stop_ids: Tensor, room: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """How many of the target's choices this step emits.
+
+    draft [B, N-1] holds the candidates after the last token, sampled [B, N] the target's choice
+    after each node, stop_ids [B, MAX_STOP_IDS] is padded with -1, room [B] is how many tokens a
+    row may still emit. Returns (emitted [B], accepted drafts [B], stopped [B]).
+
+        draft        7  8  9        accepted = 2: 7 and 8 are what the target chose
+        sampled   7  8  5  4        emitted  = 3: 7, 8 and the target's own 5
+    """
+    accepted = (draft == sampled[:, :-1]).long().cumprod(1).sum(1)
+    is_stop = (sampled[:, :, None] == stop_ids[:, None]).any(-1)  # [B N]
+    before_stop = (is_stop.long().cumsum(1) == 0).sum(1)
+    emitted = torch.minimum(torch.minimum(accepted, before_stop) + 1, room)
+    return emitted, accepted, before_stop < emitted
+
+
+class Engine(nn.Module):
+    """Static decode state on the device, and the two compiled functions that read and write it.
+
+    A committed length counts the last token, whose keys and values are not yet in the cache: a
+    step starts at that token (the root) and verifies the drafts after it.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        speculator: nn.Module | None = None,
+        *,
+        batch_size: int = 1,
+        max_seq_len: int = 1024,
+        num_draft_tokens: int = 0,
+        compile: bool = False,
+    ):
+        super().__init__()
+        self.model, self.speculator = model, speculator
+        self.k = num_draft_tokens if speculator is not None else 0
+        self.batch_size, self.max_seq_len = batch_size, max_seq_len
+        self.compile = compile
+        weight = model.embed.weight
+        nodes, slots = self.k + 1, max_seq_len + self.k + 1
+        ints = {"dtype": torch.int64, "device": weight.device}
+        floats = {"dtype": torch.float32, "device": weight.device}
+        state = {
+            "kv": weight.new_zeros(kv_cache_shape(model.args, batch_size, slots)),
+            "tokens": torch.zeros(batch_size, slots, **ints),
+            "length": torch.ones(batch_size, **ints),
+            "hidden": weight.new_zeros(batch_size, model.args.dim),
+            "done": torch.ones(batch_size, dtype=torch.bool, device=weight.device),
+            "request": torch.full((batch_size,), -1, **ints),
+            "temperature": torch.zeros(batch_size, **floats),
+            "top_p": torch.ones(batch_size, **floats),
+            "min_p": torch.zeros(batch_size, **floats),
+            "top_k": torch.zeros(batch_size, **ints),
+            "seed": torch.zeros(batch_size, **ints),
+            "limit": torch.ones(batch_size, **ints),
+            "stop_ids": torch.full((batch_size, MAX_STOP_IDS), -1, **ints),
+            "result": torch.zeros(batch_size, HEADER + nodes, **ints),
+            # The candidates are a chain: node n follows node n - 1.
+            "depth": torch.arange(nodes, device=weight.device),
+            "ancestors": torch.ones(nodes, nodes, dtype=torch.bool, device=weight.device).tril(),
+        }
+        for name, tensor in state.items():
+            self.register_buffer(name, tensor, persistent=False)
+        self.step_fn, self.attend = self.decode_step, None
+        if compile:
+            self.step_fn = torch.compile(self.decode_step, mode="reduce-overhead", fullgraph=True)
+        if compile and weight.is_cuda:
+            from gpu_kernels import cached_attention  # Triton is there only where torch has a GPU
+
+            self.attend = cached_attention
+        self.packets: list[Packet] = []  # free pinned buffers
+        self.prefill_graphs: dict[int, tuple] = {}  # padded size -> see capture_prefill
+        self.warm: set[bool] = set()  # which of the plain and the noisy step are compiled
+
+    # draft, verify, accept, commit
+
+    def decode_step(self, live: int | None, noisy: bool, filtered: bool) -> None:
+        """One step of every row over the first `live` slots of the cache (None: all; the compiled
+        step's attention stops at the live length itself). A batch without sampled rows needs no
+        noise, one without filters no filtering."""
+        kv = self.kv if live is None else self.kv[..., :live, :]
+        root = self.length - 1  # [B], the slot and position of the last token
+        last = self.tokens.gather(1, root[:, None])  # [B 1]
+        candidates = last
+        if self.k:
+            candidates = torch.cat((last, self.draft(last[:, 0], root, noisy)), dim=1)  # [B N]
+        positions = root[:, None] + self.depth  # [B N]
+        hidden, new_kv = self.model(candidates, positions, kv, root, self.ancestors, self.attend)
+        sampled = self.choose(
+            self.model.logits(hidden), positions + 1, slice(None), noisy, filtered
+        )
+
+        room = torch.where(self.done, 0, self.limit - self.length)
+        emitted, accepted, stopped = count_emitted(candidates[:, 1:], sampled, self.stop_ids, room)
+        write_cache(self.kv, new_kv, positions)  # beyond the accepted: dead slots
+        self.commit(emitted, stopped, sampled, hidden, accepted)
+
+    def draft(self, last: Tensor, root: Tensor, noisy: bool) -> Tensor:
+        """Draft tokens [B, k], chosen with the noise that the target will meet at their positions:
+        the two then agree far more often than independent draws would."""
+
+        def choose(logits: Tensor, position: Tensor) -> Tensor:
+            return self.choose(logits[:, None], position[:, None], slice(None), noisy, False)[:, 0]
+
+        return self.speculator.draft(self.hidden, last, root, self.k, choose)
+
+    def choose(
+        self, logits: Tensor, position: Tensor, rows: slice, noisy: bool, filtered: bool
+    ) -> Tensor:
+        """Token [B, n] for each absolute position [B, n] from float32 logits [B, n, V]."""
+        if noisy:
+            T, seed = self.temperature[rows], self.seed[rows]
+            scores = logits + T[:, None, None] * noise(seed, position, logits.shape[-1])
+            if filtered:
+                filters = (s[rows] for s in (self.top_k, self.top_p, self.min_p))
+                scores = torch.where(kept_tokens(logits, T, *filters), scores, -torch.inf)
+            logits = scores
+        return logits.argmax(-1)
+
+    def commit(self, emitted, stopped, sampled, hidden, accepted) -> None:
+        """Append `emitted` [B] of the chosen tokens to each row and publish the result."""
+        done = self.done | stopped | (self.length + emitted >= self.limit)
+        where = self.length[:, None] + self.depth
+        last = (emitted - 1).clamp(min=0)[:, None, None].expand(-1, 1, hidden.shape[-1])
+        chosen = hidden.gather(1, last)[:, 0]  # [B D], the state that chose the last token
+        header = torch.stack((self.request, emitted, accepted, done.long()), dim=1)
+        self.tokens.scatter_(1, where, sampled)  # beyond the new length: dead
+        self.hidden.copy_(torch.where(emitted[:, None] > 0, chosen, self.hidden))
+        self.length.add_(emitted)
+        self.done.copy_(done)
+        self.result.copy_(torch.cat((header, sampled), dim=1))
+
+    # what the host calls
+
+    @torch.inference_mode()
+    def prefill(
+        self, row: int, number: int, request: "Request", noisy: bool, filtered: bool
+    ) -> "Packet":
+        """Put request `number` into a row; the packet holds its first token."""
+        self.set_row(row, number, request)
+        prompt = to_device(torch.tensor(request.prompt), self.kv.device)
+        P, rows = len(prompt), slice(row, row + 1)
+        last = self.prefill_hidden(row, prompt)
+        position = torch.full_like(prompt[None, :1], P)
+        token = self.choose(self.model.logits(last), position, rows, noisy, filtered)[0]  # [1]
+        done = (token == self.stop_ids[row]).any() | (self.limit[row] <= P + 1)
+        self.tokens[row, :P], self.tokens[row, P] = prompt, token[0]
+        self.length[row], self.hidden[row], self.done[row] = P + 1, last[0, 0], done
+        header = torch.stack((self.request[row], one := torch.ones_like(position[0, 0]), one - 1))
+        self.result[row, : HEADER + 1] = torch.cat((header, done.long()[None], token))
+        return self.read_result()
+
+    def prefill_hidden(self, row: int, prompt: Tensor) -> Tensor:
+        """Cache a prompt [P]; returns the hidden state of its last token [1, 1, D].
+
+        A prompt that fits is padded to one of a few captured sizes, a longer one runs eagerly in
+        chunks: no length compiles or captures anything new.
+        """
+        P = len(prompt)
+        for size, (graph, tokens, last_index, rows, last) in self.prefill_graphs.items():
+            if size >= P:
+                tokens[:P], last_index[0], rows[0] = prompt, P - 1, row
+                graph.replay()
+                return last
+        rows = torch.full_like(prompt[:1], row)
+        for start in range(0, P, PREFILL_SIZES[-1]):
+            chunk = prompt[start : start + PREFILL_SIZES[-1]]
+            before = self.kv[:, :, row : row + 1, :, :start]
+            hidden = self.prefill_chunk(chunk, start, rows, before)
+        return hidden[:, -1:]
+
+    def prefill_chunk(self, tokens: Tensor, start: int, rows: Tensor, before: Tensor) -> Tensor:
+        """Hidden states [1, C, D] of prompt tokens [C] at `start`, cached in row `rows` [1]."""
+        stop = start + len(tokens)
+        positions = torch.arange(start, stop, device=tokens.device)[None]
+        causal = torch.ones(len(tokens), len(tokens), dtype=torch.bool, device=tokens.device).tril()
+        hidden, new_kv = self.model(tokens[None], positions, before, positions[:, 0], causal)
+        self.kv[..., start:stop, :].index_copy_(2, rows, new_kv)
+        return hidden
+
+    @torch.inference_mode()
+    def capture_prefill(self) -> None:
+        """Capture prompts of each padded size as CUDA graphs: (graph, tokens, last index, row,
+        hidden state). Not compiled: that would double the start-up time for little."""
+        no_cache = self.kv[:, :, :1, :, :0]
+        for size in [size for size in PREFILL_SIZES if size <= self.kv.shape[-2]]:
+            tokens, numbers = self.tokens.new_zeros(size), self.tokens.new_zeros(2, 1)
+            self.prefill_chunk(tokens, 0, numbers[1], no_cache)  # warm-up
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                last = self.prefill_chunk(tokens, 0, numbers[1], no_cache)[:, numbers[0]]
+            self.prefill_graphs[size] = (graph, tokens, *numbers, last)
+
+    @torch.inference_mode()
+    def step(self, noisy: bool, filtered: bool) -> "Packet":
+        """One decode step of all rows; the packet holds what each emitted."""
+        self.step_fn(None if self.compile else int(self.length.max()) - 1, noisy, filtered)
+        return self.read_result()
+
+    def warm_up(self, noisy: bool) -> None:
+        """Compile and capture what a run needs, on a throwaway request in row 0."""
+        if not self.compile or noisy in self.warm:
+            return
+        if self.kv.is_cuda and not self.prefill_graphs:
+            self.capture_prefill()
+        params = SamplingParams(temperature=float(noisy), max_tokens=self.max_seq_len)
+        for _ in range(3):  # compile, capture, replay
+            request = Request([0], params, 0, [])
+            self.wait(self.prefill(0, -1, request, noisy, noisy))
+            self.wait(self.step(noisy, noisy))
+        self.stop_row(0)
+        self.warm.add(noisy)
+
+    def set_row(self, row: int, number: int, request: "Request") -> None:
+        """Sampling settings and limits of a request, into the state of its row."""
+        params = request.params
+        for name in ("temperature", "top_p", "min_p", "top_k"):
+            getattr(self, name)[row] = getattr(params, name)
+        self.seed[row] = request.seed
+        self.request[row] = number
+        self.limit[row] = min(len(request.prompt) + params.max_tokens, self.max_seq_len)
+        stop_ids = request.stop_ids + [-1] * (MAX_STOP_IDS - len(request.stop_ids))
+        self.stop_ids[row] = to_device(torch.tensor(stop_ids), self.kv.device)
+
+    @torch.inference_mode()
+    def stop_row(self, row: int) -> None:
+        """Freeze a row that the host has ended."""
+        self.done[row] = True
+
+    def read_result(self) -> "Packet":
+        """Start copying the last result to the host."""
+        if self.result.device.type != "cuda":
+            return self.result.clone(), None
+        buffer, event = self.packets.pop() if self.packets else new_packet(self.result)
+        buffer.copy_(self.result, non_blocking=True)
+        event.record()
+        return buffer, event
+
+    def wait(self, packet: "Packet") -> list[list[int]]:
+        """The rows of a packet, once it has arrived."""
+        buffer, event = packet
+        if event is not None:
+            event.synchronize()
+            self.packets.append(packet)
+        return buffer.tolist()
+
+
+Packet = tuple[Tensor, torch.cuda.Event | None]
+
+
+def new_packet(result: Tensor) -> Packet:
+    return torch.empty_like(result, device="cpu", pin_memory=True), torch.cuda.Event()
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """Copy to the device without making the host wait for the work queued there."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
+
+
+# --- requests and the host loop ----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to choose the tokens of one request. Names and defaults are vLLM's.
+
+    temperature 0 is greedy; top_k 0 (or -1) and top_p 1 keep every token; min_p keeps tokens of
+    at least that share of the likeliest one's probability. `seed` None draws a fresh one. `stop`
+    strings end the text and are left out of it; `stop_token_ids` end it as the model's own
+    end-of-sequence ids do, which `ignore_eos` switches off.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    max_tokens: int = 16
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool = False
+
+    def __new__(cls, *args, **kwargs):
+        known = [f.name for f in fields(cls)]
+        if unknown := [name for name in kwargs if name not in known]:
+            raise ValueError(
+                f"SamplingParams: {unknown[0]} is not supported; supported: {', '.join(known)}"
+            )
+        return super().__new__(cls)
+
+    def __post_init__(self):
+        in_range = {
+            "temperature": 0 <= self.temperature < float("inf"),
+            "top_p": 0 < self.top_p <= 1,
+            "min_p": 0 <= self.min_p <= 1,
+            "top_k": isinstance(self.top_k, int) and self.top_k >= -1,
+            "max_tokens": isinstance(self.max_tokens, int) and self.max_tokens >= 1,
+        }
+        for name, good in in_range.items():
+            if not good:
+                raise ValueError(f"SamplingParams: {name} {getattr(self, name)} is out of range")
+        fixed = {
+            "top_k": max(self.top_k, 0),
+            "stop": [self.stop] if isinstance(self.stop, str) else list(self.stop or []),
+            "stop_token_ids": list(self.stop_token_ids or []),
+        }
+        for name, value in fixed.items():
+            object.__setattr__(self, name, value)
+        if "" in self.stop:
+            raise ValueError("SamplingParams: stop holds an empty string")
+
+
+@dataclass(frozen=True)
+class Request:
+    """Prompt ids, with the seed of its noise and every id that ends the answer."""
+
+    prompt: list[int]
+    params: SamplingParams
+    seed: int
+    stop_ids: list[int]
+
+
+@dataclass
+class Event:
+    """What one step (or the prefill, where accepted is None) gave one request."""
+
+    request: int
+    tokens: list[int]
+    accepted: int | None
+    done: bool
+    since_start: float  # seconds since the request's prefill began
+    cancel: bool = False  # set by the consumer to end the request here
+
+
+def decode_loop(engine: Engine, requests: list[Request]) -> Iterator[Event]:
+    """Run requests through the engine's rows, refilling a row when its request ends.
+
+    One step is always queued behind the one whose result is read, so the device never waits for
+    the host. A result names its row's request: what a row emits after its request ended is dropped.
+    """
+    noisy = any(r.params.temperature > 0 for r in requests)
+    filtered = noisy and (engine.compile or any(is_filtered(r.params) for r in requests))
+    waiting, free = deque(range(len(requests))), list(range(engine.batch_size))
+    running: dict[int, tuple[int, float]] = {}  # row -> (request, start)
+    in_flight: deque[tuple[Packet, list[int], bool]] = deque()
+    engine.warm_up(noisy)
+    try:
+        while waiting or running:
+            while waiting and free:
+                row, number = free.pop(0), waiting.popleft()
+                running[row] = (number, time.perf_counter())
+                packet = engine.prefill(row, number, requests[number], noisy, filtered)
+                in_flight.append((packet, [row], True))
+            in_flight.append((engine.step(noisy, filtered), list(running), False))
+            while len(in_flight) > 1:
+                packet, rows, is_prefill = in_flight.popleft()
+                results = engine.wait(packet)
+                for row in rows:
+                    number, emitted, accepted, done, *tokens = results[row]
+                    if row not in running or running[row][0] != number:
+                        continue
+                    since = time.perf_counter() - running[row][1]
+                    accepted = None if is_prefill else accepted
+                    event = Event(number, tokens[:emitted], accepted, bool(done), since)
+                    yield event
+                    if event.cancel and not done:
+                        engine.stop_row(row)
+                    if event.cancel or done:
+                        del running[row]
+                        free.append(row)
+    finally:  # also when the consumer stops early
+        for row in running:
+            engine.stop_row(row)
+        for packet, *_ in in_flight:
+            engine.wait(packet)
+
+
+def is_filtered(params: SamplingParams) -> bool:
+    return params.top_p < 1 or params.top_k > 0 or params.min_p > 0
+
+
+# --- text in, text out -------------------------------------------------------------------------
+
+
+@dataclass
+class CompletionOutput:
+    """The answer to one prompt. finish_reason: "stop" (end id or stop string) or "length"."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    index: int = 0
+
+
+@dataclass
+class RequestOutput:
+    """One prompt with its answer and what the decode steps did for it."""
+
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    steps: int = 0  # decode steps; the first token comes from the prefill
+    accepted_per_head: list[int] = field(default_factory=list)  # of `steps` drafts each
+    time_to_first_token: float = 0.0  # seconds
+    decode_time: float = 0.0  # seconds, first token to last
+
+    @property
+    def tokens_per_step(self) -> float:
+        return (len(self.outputs[0].token_ids) - 1) / max(self.steps, 1)
+
+
+class Answer:
+    """Collects one request's tokens into text: decodes, cuts at stop strings, and holds back what
+    may yet become one."""
+
+    def __init__(self, output: RequestOutput, request: Request, tokenizer: Tokenizer | None):
+        self.output, self.request = output, request
+        self.stream = tokenizer.stream() if tokenizer else None
+        self.shown, self.cut = 0, False
+
+    def take(self, event: Event) -> str:
+        """Add a step's tokens and return the text that is now certain; an ended request gets its
+        finish_reason, and `event.cancel` tells the loop."""
+        self.count(event)
+        answer = self.output.outputs[0]
+        for token in event.tokens:
+            answer.token_ids.append(token)
+            if token in self.request.stop_ids:
+                answer.finish_reason = "stop"
+            elif self.stream:
+                self.add_text(self.stream.push([token]))
+            if answer.finish_reason:
+                break
+        else:
+            answer.finish_reason = "length" if event.done else None
+        if answer.finish_reason and self.stream and not self.cut:
+            self.add_text(self.stream.finish())
+        event.cancel = answer.finish_reason is not None
+        held = 0 if event.cancel else self.held_back(answer.text)
+        end = max(len(answer.text) - held, self.shown)
+        piece, self.shown = answer.text[self.shown : end], end
+        return piece
+
+    def count(self, event: Event) -> None:
+        if event.accepted is None:
+            self.output.time_to_first_token = event.since_start
+            return
+        self.output.steps += 1
+        self.output.decode_time = event.since_start - self.output.time_to_first_token
+        for head in range(event.accepted):
+            self.output.accepted_per_head[head] += 1
+
+    def add_text(self, piece: str) -> None:
+        answer, stops = self.output.outputs[0], self.request.params.stop
+        answer.text += piece
+        found = [at for stop in stops if (at := answer.text.find(stop)) >= 0]
+        if found:
+            answer.text, answer.finish_reason, self.cut = answer.text[: min(found)], "stop", True
+
+    def held_back(self, text: str) -> int:
+        """Length of the longest end of the text that begins a stop string."""
+        stops = self.request.params.stop
+        for n in range(max(map(len, stops), default=1) - 1, 0, -1):
+            if any(stop.startswith(text[-n:]) for stop in stops if len(text) >= n):
+                return n
+        return 0
+
+
+class LLM:
+    """A target model, its speculator and its tokenizer, ready to generate.
+
+    model: a directory, or a hub id (whose needed files are fetched). speculative_config: None, or
+    {"model": directory or hub id, "method": "mlp_speculator", "num_speculative_tokens": int,
+    "revision": str}, all but "model" optional. dtype "auto" is the checkpoint's 16-bit type on a
+    GPU; on a CPU bfloat16 where it has matrix instructions for it, else float32. `compile` None
+    means: on a GPU. Raises ValueError for what does not fit, before weights are read.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        speculative_config: dict | None = None,
+        *,
+        dtype: str = "auto",
+        device: str | None = None,
+        batch_size: int = 1,
+        max_seq_len: int | None = None,
+        compile: bool | None = None,
+        revision: str | None = None,
+    ):
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        directory = local_checkpoint(model, revision)
+        config = read_json(directory / "config.json")
+        args = ModelArgs.from_config(config)
+        self.tokenizer = load_tokenizer(directory)
+        self.end_ids = end_of_sequence_ids(directory, config, self.tokenizer)
+        dtype = choose_dtype(dtype, config, device)
+        speculator_dir, k = None, 0
+        if speculative_config is not None:
+            speculator_dir, k = read_speculative_config(speculative_config, args, directory)
+        max_seq_len = max_seq_len or min(args.max_position, DEFAULT_MAX_SEQ_LEN)
+        if max_seq_len > args.max_position:
+            raise ValueError(
+                f"max_seq_len {max_seq_len} exceeds the model's context of {args.max_position}"
+            )
+        check_memory(args, batch_size, max_seq_len + k + 1, dtype, device)
+        target = load_model(directory, device, dtype, progress("target"))
+        speculator = None
+        if speculator_dir is not None and k:
+            speculator = load_speculator(speculator_dir, device, dtype, progress("speculator"))
+        self.engine = Engine(
+            target,
+            speculator,
+            batch_size=batch_size,
+            max_seq_len=max_seq_len,
+            num_draft_tokens=k,
+            compile=device.type == "cuda" if compile is None else compile,
+        )
+
+    def generate(
+        self,
+        prompts: str | list[str] | list[int] | list[list[int]],
+        sampling_params: SamplingParams | list[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """Answers in the order of the prompts. A prompt is text or a list of token ids."""
+        finished = {i: out for i, _, out in self.stream(prompts, sampling_params) if out}
+        return [finished[i] for i in sorted(finished)]
+
+    def stream(
+        self,
+        prompts: str | list[str] | list[int] | list[list[int]],
+        sampling_params: SamplingParams | list[SamplingParams] | None = None,
+    ) -> Iterator[tuple[int, str, RequestOutput | None]]:
+        """As `generate`, piece by piece: (index of the prompt, new text, output when finished)."""
+        prompts = as_prompt_list(prompts)
+        params = sampling_params or SamplingParams()
+        params = params if isinstance(params, list) else [params] * len(prompts)
+        if len(params) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts, but {len(params)} SamplingParams")
+        requests = [
+            self.request(p, s, i) for i, (p, s) in enumerate(zip(prompts, params, strict=True))
+        ]
+        answers = [
+            Answer(
+                RequestOutput(
+                    prompt if isinstance(prompt, str) else None,
+                    request.prompt,
+                    [CompletionOutput()],
+                    accepted_per_head=[0] * self.engine.k,
+                ),
+                request,
+                self.tokenizer,
+            )
+            for prompt, request in zip(prompts, requests, strict=True)
+        ]
+        for event in decode_loop(self.engine, requests):
+            answer = answers[event.request]
+            piece = answer.take(event)
+            yield event.request, piece, answer.output if event.cancel else None
+
+    def request(self, prompt: str | list[int], params: SamplingParams, number: int) -> Request:
+        """Checked prompt ids, seed and end ids for one prompt."""
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise ValueError("this checkpoint has no tokenizer files: give token ids, not text")
+            prompt = self.tokenizer.encode(prompt)
+        if params.stop and self.tokenizer is None:
+            raise ValueError("this checkpoint has no tokenizer files: stop strings need one")
+        vocab, room = self.engine.model.args.vocab_size, self.engine.max_seq_len
+        if not prompt:
+            raise ValueError(f"prompt {number} is empty")
+        if bad := [t for t in prompt if not (isinstance(t, int) and 0 <= t < vocab)]:
+            raise ValueError(f"prompt {number}: {bad[0]!r} is not a token id of 0..{vocab - 1}")
+        if len(prompt) >= room:
+            raise ValueError(
+                f"prompt {number} has {len(prompt)} tokens, and max_seq_len {room} leaves no room "
+                f"for an answer"
+            )
+        ends = [] if params.ignore_eos else list(self.end_ids)
+        ends = sorted({*ends, *params.stop_token_ids})
+        if len(ends) > MAX_STOP_IDS:
+            raise ValueError(f"{len(ends)} end ids; at most {MAX_STOP_IDS} are supported")
+        seed = secrets.randbits(63) if params.seed is None else params.seed % 2**63
+        return Request(list(prompt), params, seed, ends)
+
+
+DEFAULT_MAX_SEQ_LEN = 8192
+
+
+def as_prompt_list(prompts) -> list:
+    """One prompt or several, each text or token ids, as a list of prompts."""
+    one = isinstance(prompts, str) or (prompts and isinstance(prompts[0], int))
+    return [prompts] if one else list(prompts)
+
+
+def local_checkpoint(name: str | Path, revision: str | None = None) -> Path:
+    """The directory itself, or the snapshot of a hub id: only the files that are used."""
+    if (path := Path(name).expanduser()).is_dir():
+        return path
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
+        raise ValueError(f"{name}: no such directory, and not a hub id (owner/name)")
+    try:
+        files = huggingface_hub.snapshot_download(
+            str(name),
+            revision=revision,
+            allow_patterns=["*.json", "*.safetensors", "*.jinja"],
+            ignore_patterns=["*/*"],
+        )
+    except Exception as error:  # network, permission and naming errors have many types there
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{name}: no such directory, and the hub said: {reason}") from None
+    return Path(files)
+
+
+def end_of_sequence_ids(directory: Path, config: dict, tokenizer: Tokenizer | None) -> set[int]:
+    """Every id by which the checkpoint says an answer ends: a chat model's turn often ends with
+    another one than config.json names."""
+    ids = set(tokenizer.eos_ids if tokenizer else ())
+    sources = [config]
+    if (path := directory / "generation_config.json").exists():
+        sources.append(read_json(path))
+    for source in sources:
+        found = source.get("eos_token_id")
+        ids |= set(found if isinstance(found, list) else [] if found is None else [found])
+    return ids
+
+
+def choose_dtype(name: str, config: dict, device: torch.device) -> torch.dtype:
+    """The torch dtype for a --dtype name; see LLM for "auto"."""
+    named = {d: getattr(torch, d) for d in ("float32", "float16", "bfloat16")}
+    if name in named:
+        return named[name]
+    if name != "auto":
+        raise ValueError(f"dtype {name!r} is not supported; supported: auto, {', '.join(named)}")
+    if device.type == "cpu":
+        native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+        return torch.bfloat16 if native else torch.float32
+    stored = config.get("torch_dtype") or config.get("dtype")
+    return torch.float16 if stored == "float16" else torch.bfloat16
+
+
+def read_speculative_config(config: dict, target: ModelArgs, target_dir: Path) -> tuple[Path, int]:
+    """The speculator's directory and the number of tokens to draft, checked against the target."""
+    known = ("model", "method", "num_speculative_tokens", "revision")
+    if unknown := [key for key in config if key not in known]:
+        raise ValueError(
+            f"speculative_config: {unknown[0]} is not supported; supported: {', '.join(known)}"
+        )
+    if (method := config.get("method", "mlp_speculator")) != "mlp_speculator":
+        raise ValueError(f"speculative_config: method {method!r} is not 'mlp_speculator'")
+    if not config.get("model"):
+        raise ValueError("speculative_config: model is missing")
+    directory = local_checkpoint(config["model"], config.get("revision"))
+    args = SpeculatorArgs.from_config(read_json(directory / "config.json"))
+    for what, ours, theirs in (
+        ("hidden width", args.emb_dim, target.dim),
+        ("vocabulary", args.vocab_size, target.vocab_size),
+    ):
+        if ours != theirs:
+            named = f"; it names {args.base_model} as its target" if args.base_model else ""
+            raise ValueError(
+                f"speculator {directory} expects {what} {ours}, "
+                f"target {target_dir} has {theirs}{named}"
+            )
+    k = config.get("num_speculative_tokens")
+    k = args.n_predict if k is None else k
+    if not 0 <= k <= args.n_predict:
+        raise ValueError(
+            f"cannot draft {k} tokens: speculator {directory} has {args.n_predict} heads"
+        )
+    return directory, k
+
+
+def check_memory(args: ModelArgs, batch_size: int, slots: int, dtype, device) -> None:
+    """Refuse a KV cache that cannot fit, before weights are read."""
+    cache = math.prod(kv_cache_shape(args, batch_size, slots)) * dtype.itemsize
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if cache > free:
+        raise ValueError(
+            f"the KV cache of {batch_size} x {slots} tokens needs {cache / 1e9:.1f} GB, "
+            f"{free / 1e9:.1f} GB are there; lower --max-seq-len or --batch-size"
+        )
+
+
+def progress(what: str):
+    """A progress bar around the tensor names of a load, on a terminal only."""
+    return lambda names: tqdm(
+        names, desc=f"loading {what}", unit="tensor", leave=False, disable=None
+    )
+
+
+# --- command line ------------------------------------------------------------------------------
+
+DEFAULT_PROMPT = "Explain why the sky is blue."
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="fastspec.py",
+        description="Generate text with an MLP speculator. Without arguments: the demo model.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add, flag = parser.add_argument, argparse.BooleanOptionalAction
+    add("--checkpoint", help="target model: directory or hub id; none: the demo model")
+    add("--revision", help="revision of a target from the hub")
+    add("--speculator", help="MLP speculator: directory or hub id; none: plain decoding")
+    add("--speculator-revision", help="revision of a speculator from the hub")
+    add("--num-draft-tokens", type=int, help="tokens drafted per step; 0: none; unset: all heads")
+    add("--prompt", nargs="+", default=[DEFAULT_PROMPT], help="one or more prompts")
+    add("--max-new-tokens", type=int, default=256, help="tokens per answer")
+    add("--temperature", type=float, default=0.0, help="0 is greedy")
+    add("--top-k", type=int, default=0, help="0 keeps all")
+    add("--top-p", type=float, default=1.0, help="1 keeps all")
+    add("--min-p", type=float, default=0.0, help="0 keeps all")
+    add("--seed", type=int, help="same seed, same text; unset: a fresh one")
+    add("--stop", nargs="+", help="strings that end an answer")
+    add("--batch-size", type=int, help="rows decoded together; unset: the prompts, at most 8")
+    add("--max-seq-len", type=int, help="prompt + answer; unset: the model's, at most 8192")
+    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+    add("--device", help="unset: cuda if there is one, else cpu")
+    add("--compile", action=flag, help="unset: on a GPU")
+    add("--chat", action=flag, help="use the chat template; unset: where there is one")
+    add("--profile", metavar="FILE", help="write a Chrome trace of the generation")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    args = parse_arguments(argv)
+    try:
+        run(args)
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"fastspec: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def run(args: argparse.Namespace) -> None:
+    params = SamplingParams(
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        min_p=args.min_p,
+        seed=args.seed,
+        stop=args.stop,
+        max_tokens=args.max_new_tokens,
+    )
+    speculative = None
+    if args.speculator:
+        speculative = {"model": args.speculator, "revision": args.speculator_revision}
+        speculative["num_speculative_tokens"] = args.num_draft_tokens
+    llm = LLM(
+        args.checkpoint or demo_checkpoint(),
+        speculative,
+        dtype=args.dtype,
+        device=args.device,
+        batch_size=args.batch_size or min(len(args.prompt), 8),
+        max_seq_len=args.max_seq_len,
+        compile=args.compile,
+        revision=args.revision,
+    )
+    if not args.speculator:
+        print("fastspec: no speculator: plain decoding, one token per step", file=sys.stderr)
+    prompts = [chat_ids(llm.tokenizer, text, args.chat) for text in args.prompt]
+    with profiler(args.profile):
+        outputs = show(llm.stream(prompts, params), args.prompt)
+    print(summary(outputs, args.speculator), file=sys.stderr)
+
+
+def demo_checkpoint() -> Path:
+    import demo  # its packages are an optional extra
+
+    return demo.prepare()
+
+
+def chat_ids(tokenizer: Tokenizer | None, prompt: str, chat: bool | None) -> str | list[int]:
+    """The prompt as one user turn of the chat template; as it is where there is no template."""
+    has_template = tokenizer is not None and tokenizer.chat_template is not None
+    if chat is False or (chat is None and not has_template):
+        return prompt
+    if not has_template:
+        raise ValueError("this checkpoint has no chat template; use --no-chat")
+    text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}])
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def show(stream: Iterator, prompts: list[str]) -> list[RequestOutput]:
+    """Print one answer as it comes, several in the order of their prompts; returns them all."""
+    outputs: dict[int, RequestOutput] = {}
+    printed = 0
+    for index, piece, output in stream:
+        if len(prompts) == 1:
+            print(piece, end="" if output is None else "\n", flush=True)
+        if output is not None:
+            outputs[index] = output
+        while len(prompts) > 1 and printed in outputs:
+            print(f">>> {prompts[printed]}\n{outputs[printed].outputs[0].text}\n", flush=True)
+            printed += 1
+    return [outputs[i] for i in sorted(outputs)]
+
+
+def summary(outputs: list[RequestOutput], speculator: str | None) -> str:
+    """What the run did, in a few lines."""
+    tokens = sum(len(o.outputs[0].token_ids) for o in outputs)
+    steps = sum(o.steps for o in outputs)
+    decode_time = sum(o.decode_time for o in outputs)
+    decoded = tokens - len(outputs)  # each answer's first token comes from its prefill
+    heads = [sum(head) for head in zip(*(o.accepted_per_head for o in outputs), strict=True)]
+    first = sorted(o.time_to_first_token for o in outputs)[len(outputs) // 2]
+    lines = [
+        f"tokens               {tokens}",
+        f"tokens/s             {decoded / max(decode_time, 1e-9):.1f} per sequence",
+        f"tokens per step      {decoded / max(steps, 1):.2f}",
+        f"time to first token  {first * 1000:.0f} ms",
+        f"speculator           {speculator or 'none'}",
+    ]
+    if heads:
+        rates = "  ".join(f"{head / max(steps, 1):.2f}" for head in heads)
+        lines.insert(3, f"accepted per head    {rates}")
+    return "\n" + "\n".join(lines)
+
+
+@contextmanager
+def profiler(file: str | None):
+    """Write a Chrome trace of the block to `file`, if one is given."""
+    if file is None:
+        yield
+        return
+    with torch.profiler.profile() as profile:
+        yield
+    profile.export_chrome_trace(file)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,247 @@
+"""IBM's MLP speculator: drafts tokens from a target model's hidden state and the last token.
+
+Wertheimer et al., "Accelerating Production LLMs with Combined Token/Embedding Speculators"
+(arXiv 2404.19124); the checkpoint format is the one of the published "accelerators".
+This file needs only torch and safetensors: copy it into another repository as it is.
+
+Letters in shape comments:
+    B rows (sequences)     D the target's hidden width (emb_dim)     W inner_dim     V vocabulary
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SpeculatorArgs:
+    """Shape of a speculator; `from_config` reads it from an accelerator's config.json."""
+
+    emb_dim: int
+    inner_dim: int
+    n_predict: int
+    vocab_size: int
+    tie_weights: bool = False
+    scale_input: bool = False
+    top_k_tokens_per_head: tuple[int, ...] = ()
+    n_candidates: int | None = None
+    base_model: str | None = None
+
+    @classmethod
+    def from_config(cls, config: dict) -> "SpeculatorArgs":
+        """Args from a parsed config.json. An absent `tie_weights` or `scale_input` means False
+        and inner_dim 0 means emb_dim, as in the reference. Raises ValueError naming the field.
+        """
+        if (kind := config.get("model_type")) != "mlp_speculator":
+            raise ValueError(
+                f"config.json: model_type {kind!r} is not a speculator; expected 'mlp_speculator'"
+            )
+        emb_dim, n_predict = _positive_int(config, "emb_dim"), _positive_int(config, "n_predict")
+        top_k = config.get("top_k_tokens_per_head") or [1] * n_predict
+        if len(top_k) != n_predict or not all(isinstance(k, int) and k > 0 for k in top_k):
+            raise ValueError(
+                f"config.json: top_k_tokens_per_head must be {n_predict} positive integers "
+                f"(n_predict), found {top_k!r}"
+            )
+        return cls(
+            emb_dim=emb_dim,
+            inner_dim=emb_dim
+            if config.get("inner_dim") == 0
+            else _positive_int(config, "inner_dim"),
+            n_predict=n_predict,
+            vocab_size=_positive_int(config, "vocab_size"),
+            tie_weights=bool(config.get("tie_weights", False)),
+            scale_input=bool(config.get("scale_input", False)),
+            top_k_tokens_per_head=tuple(top_k),
+            n_candidates=config.get("n_candidates"),
+            base_model=config.get("base_model_name_or_path"),
+        )
+
+
+def _positive_int(config: dict, key: str) -> int:
+    value = config.get(key)
+    if value is None:
+        raise ValueError(f"config.json: {key} is missing")
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"config.json: {key} must be a positive integer, found {value!r}")
+    return value
+
+
+class LayerNorm(nn.Module):
+    """x * rsqrt(mean(x^2) + 1e-6) * weight + bias in float32: no mean is subtracted."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.bias = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms(x) * self.weight.float() + self.bias.float()
+
+
+def rms(x: Tensor) -> Tensor:
+    # float32, because the square of a 16-bit hidden state can overflow.
+    return F.rms_norm(x.float(), x.shape[-1:], eps=1e-6)
+
+
+class MLPSpeculator(nn.Module):
+    """n_predict heads; head i predicts the (i+1)-th token after the last one."""
+
+    def __init__(self, args: SpeculatorArgs):
+        super().__init__()
+        self.args = args
+        n, D, W, V = args.n_predict, args.emb_dim, args.inner_dim, args.vocab_size
+        # The weights depend on the trained n_predict, however many tokens are drafted.
+        state_weight = 0.5 ** (0.5 / n)
+        self.token_scale = math.sqrt((1 - state_weight**2) * W / 2) / state_weight
+        copies = 1 if args.tie_weights else n
+        self.emb = nn.ModuleList([nn.Embedding(V, W) for _ in range(copies)])
+        self.ln = nn.ModuleList([LayerNorm(W) for _ in range(copies)])
+        self.head = nn.ModuleList([nn.Linear(W, V, bias=False) for _ in range(copies)])
+        # proj[0] maps the target's width; tied heads share one projection after it.
+        rest = [nn.Linear(W, W, bias=False) for _ in range(min(n - 1, copies))]
+        self.proj = nn.ModuleList([nn.Linear(D, W, bias=False), *rest])
+
+    def start(self, hidden: Tensor) -> Tensor:
+        """State before the first head, from the target's final-norm hidden state [B, D]."""
+        if self.args.scale_input:
+            return (rms(hidden) / math.sqrt(2)).to(hidden.dtype)
+        return hidden
+
+    def step(self, i: int, state: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
+        """State [B, W] and float32 logits [B, V] of head i after `token` [B]."""
+        shared = 0 if self.args.tie_weights else i
+        proj = self.proj[min(i, len(self.proj) - 1)]
+        state = proj(state) + self.token_scale * self.emb[shared](token)
+        state = F.gelu(self.ln[shared](state)).to(state.dtype)
+        return state, self.head[shared](state).float()
+
+    def draft(
+        self,
+        hidden: Tensor,
+        token: Tensor,
+        position: Tensor,
+        k: int,
+        choose: Callable[[Tensor, Tensor], Tensor] = lambda logits, _: logits.argmax(-1),
+    ) -> Tensor:
+        """A chain of k <= n_predict draft tokens, int64 [B, k].
+
+        hidden [B, D]: the target's hidden state after its final norm, at the position whose
+        logits gave `token` [B], which stands at `position` [B]; choose(logits [B, V], position
+        [B]) picks the token for a position.
+        """
+        state, drafts = self.start(hidden), []
+        for i in range(k):
+            state, logits = self.step(i, state, token)
+            token = choose(logits, position + i + 1)
+            drafts.append(token)
+        return torch.stack(drafts, dim=1)
+
+
+# --- weights -----------------------------------------------------------------------------------
+
+
+def load_speculator(
+    directory: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    progress: Callable[[Iterable[str]], Iterable[str]] = iter,
+) -> MLPSpeculator:
+    """Speculator from a directory with config.json and safetensors (one file, or shards + index).
+
+    Tensor names may carry the prefix `speculator.`; tied tensors may be stored once or under
+    every alias. Raises ValueError naming file and tensor when something does not fit; names and
+    shapes are checked before the first weight is read.
+    """
+    directory = Path(directory)
+    args = SpeculatorArgs.from_config(_read_json(directory / "config.json"))
+    with torch.device("meta"):
+        model = MLPSpeculator(args).to(dtype)
+    found = _read_headers(directory)
+    _check(directory, found, _tensor_names(model))
+    model.to_empty(device=device)
+    targets = _tensor_names(model)
+    for name in progress(sorted(found, key=lambda name: found[name][0])):
+        file, stored, _ = found[name]
+        with safe_open(file, framework="pt") as shard:
+            tensor = shard.get_tensor(stored)
+        if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+            raise ValueError(
+                f"{file}: {stored} is {tensor.dtype}; supported: float16, bfloat16, float32"
+            )
+        targets[name].copy_(tensor)
+    return model.eval().requires_grad_(False)
+
+
+def _tensor_names(model: MLPSpeculator) -> dict[str, Tensor]:
+    """Published tensor name -> parameter, with every alias of a tied tensor."""
+    params, n = {k: p.detach() for k, p in model.named_parameters()}, model.args.n_predict
+    if model.args.tie_weights:
+        aliases = [
+            (f"{kind}.{i}.", f"{kind}.0.") for kind in ("emb", "ln", "head") for i in range(n)
+        ]
+        aliases += [(f"proj.{i}.", "proj.1.") for i in range(2, n)]
+        for alias, first in aliases:
+            for name in [name for name in params if name.startswith(first)]:
+                params[name.replace(first, alias)] = params[name]
+    return params
+
+
+def _check(where: Path, found: dict, wanted: dict[str, Tensor]) -> None:
+    """Every tensor is there under at least one alias, nothing unknown is, and shapes agree."""
+    groups: dict[int, list[str]] = {}
+    for name, param in wanted.items():
+        groups.setdefault(id(param), []).append(name)
+    if missing := [names[0] for names in groups.values() if not found.keys() & set(names)]:
+        raise ValueError(f"{where}: {len(missing)} tensors missing, first {min(missing)}")
+    if unknown := found.keys() - wanted.keys():
+        raise ValueError(f"{where}: {len(unknown)} unknown tensors, first {min(unknown)}")
+    for name, (file, stored, shape) in found.items():
+        if shape != list(wanted[name].shape):
+            raise ValueError(
+                f"{file}: {stored} has shape {shape}, config.json says {list(wanted[name].shape)}"
+            )
+
+
+# Shard reading is written here and in model.py, so that each file can be copied alone.
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; is this a speculator directory?") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def _read_headers(directory: Path) -> dict[str, tuple[Path, str, list[int]]]:
+    """Name without prefix -> (file, stored name, shape), from the files' headers alone."""
+    index, files = directory / "model.safetensors.index.json", ["model.safetensors"]
+    if index.exists():
+        if not isinstance(weight_map := _read_json(index).get("weight_map"), dict):
+            raise ValueError(f"{index}: weight_map is missing")
+        files = sorted(set(weight_map.values()))
+    found = {}
+    for file in [directory / Path(name).name for name in files]:
+        if not file.exists():
+            raise ValueError(f"{directory}: {file.name} not found; download it again")
+        try:
+            with safe_open(file, framework="pt") as shard:
+                for name in shard.keys():  # noqa: SIM118 (safe_open is not a dict)
+                    shape = list(shard.get_slice(name).get_shape())
+                    found[name.removeprefix("speculator.")] = (file, name, shape)
+        except SafetensorError as error:
+            raise ValueError(f"{file}: cut off or damaged ({error}); download it again") from None
+    return found
