@@ -188,7 +188,7 @@ class Transformer(nn.Module):
         ancestors: Tensor,
         attend: Callable | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Final-norm hidden states [B, N, D] and the keys and values [L, 2, B, K, N, E] of `tokens`.
+        """Final-norm hidden states [B, N, D] and `tokens`' keys and values [L, 2, B, K, N, E].
 
         tokens, positions: int64 [B, N]; kv: [L, 2, B, K, S, E], of which the first `cached` [B]
         slots of each row are seen by all its tokens; ancestors: bool [N, N], True where token n

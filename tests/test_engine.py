@@ -1,0 +1,255 @@
+"""The decode step: speculative ids equal plain ids equal transformers' greedy ids, in float32."""
+
+import pytest
+import torch
+from conftest import Scripted, script_for
+
+import fastspec
+from fastspec import Engine, Request, SamplingParams, decode_loop
+from model import load_model
+from speculator import load_speculator
+
+VOCAB = 97
+PROMPTS = [[5, 6, 7], [1] * 40, [9, 8], [3, 4, 5, 6, 11, 12, 13], [2]]
+NEW = 210
+
+
+@pytest.fixture(scope="module")
+def model(llama_dir):
+    return load_model(llama_dir)
+
+
+@pytest.fixture(scope="module")
+def speculator(speculator_dir):
+    return load_speculator(speculator_dir)
+
+
+@pytest.fixture(scope="module")
+def greedy(llama_dir):
+    """What transformers generates greedily after each prompt."""
+    from transformers import LlamaForCausalLM
+
+    reference = LlamaForCausalLM.from_pretrained(llama_dir)
+    new = {"max_new_tokens": NEW, "do_sample": False}
+    ids = [reference.generate(torch.tensor([p]), **new)[0, len(p) :].tolist() for p in PROMPTS]
+    assert all(len(set(row)) > 40 for row in ids)  # no loops: the comparison means something
+    return ids
+
+
+def engine_for(model, speculator=None, k=3, **options):
+    return Engine(model, speculator, num_draft_tokens=k, **({"max_seq_len": 256} | options))
+
+
+def run(engine, prompts, params=None, stop_ids=(), seed=0):
+    """Token ids of each prompt, and each one's count of decode steps and accepted drafts."""
+    params = params or SamplingParams(temperature=0, max_tokens=NEW)
+    requests = [Request(p, params, seed, list(stop_ids)) for p in prompts]
+    tokens, steps, accepted = ([[] for _ in prompts], [0] * len(prompts), [0] * len(prompts))
+    for event in decode_loop(engine, requests):
+        tokens[event.request] += event.tokens
+        if event.accepted is not None:
+            steps[event.request] += 1
+            accepted[event.request] += event.accepted
+    return tokens, steps, accepted
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+@pytest.mark.parametrize("k", [0, 1, 3])
+def test_greedy_equals_transformers(model, speculator, greedy, k, batch_size):
+    """Token for token, ragged prompts, with more requests than rows and without."""
+    tokens, _, _ = run(engine_for(model, speculator, k, batch_size=batch_size), PROMPTS)
+    assert tokens == greedy
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 7])
+def test_right_drafts_are_all_accepted_in_the_fewest_steps(model, greedy, k):
+    """The first token comes from the prefill, then each step emits k + 1."""
+    engine = engine_for(model, Scripted(script_for(PROMPTS, greedy), VOCAB), k, batch_size=5)
+    tokens, steps, _ = run(engine, PROMPTS)
+    assert tokens == greedy
+    assert steps == [-(-(NEW - 1) // (k + 1))] * 5
+
+
+def test_wrong_drafts_are_never_accepted(model, greedy):
+    engine = engine_for(model, Scripted(script_for(PROMPTS, greedy), VOCAB, 1), batch_size=5)
+    tokens, steps, accepted = run(engine, PROMPTS)
+    assert tokens == greedy
+    assert steps == [NEW - 1] * 5 and accepted == [0] * 5
+
+
+def test_a_draft_after_a_wrong_one_is_never_accepted(model, greedy):
+    """Every 4th position is drafted wrong: with k = 3 each step runs up to that position."""
+    engine = engine_for(model, Scripted(script_for(PROMPTS, greedy), VOCAB, 4), batch_size=5)
+    tokens, steps, _ = run(engine, PROMPTS)
+    assert tokens == greedy
+    for prompt, count in zip(PROMPTS, steps, strict=True):
+        position, expected = len(prompt), 0  # of the last token
+        while position < len(prompt) + NEW - 1:
+            position += min((-position - 1) % 4, 3) + 1
+            expected += 1
+        assert count == expected
+
+
+def test_random_speculator_is_sometimes_accepted(model, speculator):
+    """Noise shared between draft and target makes even a random speculator agree at T = 2."""
+    params = SamplingParams(temperature=2.0, max_tokens=150)
+    _, steps, accepted = run(engine_for(model, speculator, batch_size=5), PROMPTS, params)
+    assert 0 < sum(accepted) < 3 * sum(steps)
+
+
+SAMPLED = [
+    SamplingParams(temperature=0.7, top_p=0.9, max_tokens=80),
+    SamplingParams(temperature=1.3, top_k=8, max_tokens=80),
+    SamplingParams(temperature=1.0, min_p=0.05, top_p=0.95, top_k=30, max_tokens=80),
+]
+
+
+@pytest.mark.parametrize("params", SAMPLED, ids=["top_p", "top_k", "all"])
+def test_same_seed_same_text_whatever_the_speculation_and_batch(model, speculator, params):
+    expected, _, _ = run(engine_for(model, None), PROMPTS, params, seed=11)
+    for k, batch_size in [(1, 1), (2, 5), (3, 1), (3, 3)]:
+        engine = engine_for(model, speculator, k, batch_size=batch_size)
+        tokens, _, _ = run(engine, PROMPTS, params, seed=11)
+        assert tokens == expected, (k, batch_size)
+    other, _, _ = run(engine_for(model, None), PROMPTS, params, seed=12)
+    assert all(a != b for a, b in zip(expected, other, strict=True))
+
+
+def test_right_drafts_are_accepted_when_sampling(model):
+    """The script of a sampled run is accepted whole: target choices depend on position alone."""
+    params = SamplingParams(temperature=0.9, top_p=0.9, max_tokens=121)
+    expected, _, _ = run(engine_for(model), PROMPTS, params, seed=5)
+    scripted = Scripted(script_for(PROMPTS, expected), VOCAB)
+    tokens, steps, _ = run(engine_for(model, scripted, batch_size=5), PROMPTS, params, seed=5)
+    assert tokens == expected and steps == [30] * 5
+
+
+def test_greedy_and_sampled_rows_share_a_batch(model, speculator, greedy):
+    engine = engine_for(model, speculator, batch_size=2)
+    params = [SamplingParams(temperature=0, max_tokens=60), SAMPLED[0]]
+    requests = [Request(PROMPTS[0], p, 11, []) for p in params]
+    tokens = [[], []]
+    for event in decode_loop(engine, requests):
+        tokens[event.request] += event.tokens
+    assert tokens[0] == greedy[0][:60]
+    assert tokens[1] == run(engine_for(model), PROMPTS[:1], SAMPLED[0], seed=11)[0][0]
+
+
+@pytest.mark.parametrize("wrong_every", [0, 1, 3])
+@pytest.mark.parametrize("at", [0, 1, 2, 3, 4, 5, 50])
+def test_end_of_sequence_anywhere_in_a_step(model, greedy, at, wrong_every):
+    """The answer ends with the end id itself, wherever in a draft it falls."""
+    answer = greedy[0]
+    at = next(i for i in range(at, NEW) if answer[i] not in answer[:i])
+    script = Scripted(script_for(PROMPTS[:1], greedy[:1]), VOCAB, wrong_every)
+    tokens, _, _ = run(engine_for(model, script), PROMPTS[:1], stop_ids=[96, answer[at]])
+    expected = next(i for i, t in enumerate(answer) if t in (96, answer[at]))
+    assert tokens[0] == answer[: expected + 1]
+
+
+@pytest.mark.parametrize("wrong_every", [0, 1, 3])
+@pytest.mark.parametrize("batch_size", [1, 5])
+def test_cache_filled_to_the_last_slot(model, greedy, wrong_every, batch_size):
+    """max_seq_len bounds prompt and answer together, and the last slots are used rightly."""
+    script = script_for(PROMPTS, greedy, max_seq_len=64)
+    for n in range(0, 5, batch_size):
+        rows = slice(n, n + batch_size)
+        scripted = Scripted(script[rows], VOCAB, wrong_every)
+        engine = engine_for(model, scripted, batch_size=batch_size, max_seq_len=64)
+        tokens, _, _ = run(engine, PROMPTS[rows])
+        for prompt, answer, expected in zip(PROMPTS[rows], tokens, greedy[rows], strict=True):
+            assert len(prompt) + len(answer) == 64
+            assert answer == expected[: len(answer)]
+
+
+@pytest.mark.parametrize("max_tokens", [1, 2, 3, 4, 5, 6])
+def test_token_limit_cuts_inside_a_step(model, greedy, max_tokens):
+    engine = engine_for(model, Scripted(script_for(PROMPTS, greedy), VOCAB), batch_size=5)
+    params = SamplingParams(temperature=0, max_tokens=max_tokens)
+    assert run(engine, PROMPTS, params)[0] == [answer[:max_tokens] for answer in greedy]
+
+
+def test_finished_row_stays_as_it_was(model, greedy):
+    """A done row is frozen while its neighbour goes on."""
+    engine = engine_for(model, Scripted(script_for(PROMPTS, greedy), VOCAB), batch_size=2)
+    requests = [
+        Request(PROMPTS[0], SamplingParams(temperature=0, max_tokens=10), 0, []),
+        Request(PROMPTS[1], SamplingParams(temperature=0, max_tokens=100), 0, []),
+    ]
+    for event in decode_loop(engine, requests):
+        if event.request == 0 and event.done:
+            frozen = engine.length[0].item(), engine.hidden[0].clone()
+    assert frozen[0] == len(PROMPTS[0]) + 10 == engine.length[0]
+    assert torch.equal(frozen[1], engine.hidden[0])
+    assert engine.tokens[0, :13].tolist() == PROMPTS[0] + greedy[0][:10]
+
+
+def test_rows_are_refilled_with_requests_of_all_lengths(model, speculator, greedy):
+    """Rows change hands many times, and no request sees another's tokens."""
+    prompts = [PROMPTS[i % 5] for i in range(17)]
+    lengths = [1 + (i * 37) % 90 for i in range(17)]
+    requests = [
+        Request(p, SamplingParams(temperature=0, max_tokens=n), 0, [])
+        for p, n in zip(prompts, lengths, strict=True)
+    ]
+    tokens = [[] for _ in prompts]
+    for event in decode_loop(engine_for(model, speculator, batch_size=3), requests):
+        tokens[event.request] += event.tokens
+    assert tokens == [greedy[i % 5][:n] for i, n in enumerate(lengths)]
+
+
+def test_cancelled_request_leaves_its_row_clean(model, speculator, greedy):
+    """The step that is already queued when a request is cancelled reaches nobody."""
+    requests = [Request(p, SamplingParams(temperature=0, max_tokens=50), 0, []) for p in PROMPTS]
+    tokens = [[] for _ in PROMPTS]
+    for event in decode_loop(engine_for(model, speculator, batch_size=2), requests):
+        tokens[event.request] += event.tokens
+        event.cancel = event.request in (0, 2) and len(tokens[event.request]) >= 7
+    for i, answer in enumerate(tokens):
+        assert answer == greedy[i][: len(answer)]
+        assert len(answer) in (range(7, 11) if i in (0, 2) else [50])
+
+
+def test_abandoned_run_leaves_the_engine_usable(model, speculator, greedy):
+    engine = engine_for(model, speculator, batch_size=2)
+    requests = [Request(p, SamplingParams(temperature=0, max_tokens=50), 0, []) for p in PROMPTS]
+    events = decode_loop(engine, requests)
+    for _ in range(5):
+        next(events)
+    events.close()
+    assert engine.done.all()
+    assert run(engine, PROMPTS)[0] == greedy
+
+
+def test_prompt_longer_than_the_largest_prefill_size(model, speculator, greedy, monkeypatch):
+    monkeypatch.setattr(fastspec, "PREFILL_SIZES", (4, 8))
+    assert run(engine_for(model, speculator, batch_size=2), PROMPTS)[0] == greedy
+
+
+def test_one_step_is_always_queued_behind_the_one_being_read(model, speculator):
+    """When a result is read, exactly one later step has been launched."""
+    engine, launched, read = engine_for(model, speculator), [], []
+    step, wait = engine.step, engine.wait
+    engine.step = lambda *flags: launched.append(1) or step(*flags)
+    engine.wait = lambda packet: read.append(len(launched)) or wait(packet)
+    run(engine, PROMPTS[:1], SamplingParams(temperature=0, max_tokens=20))
+    # The n-th result read (0: the prefill's) is read with n + 1 steps launched; at the end the
+    # last one is only drained.
+    assert read[:-1] == list(range(1, len(read)))
+    assert read[-1] == len(launched)
+
+
+@pytest.mark.parametrize("noisy", [False, True])
+def test_step_is_one_graph(model, speculator, noisy):
+    """Dynamo traces the step without a break (fullgraph), and the traced step gives equal ids."""
+    params = SAMPLED[2] if noisy else SamplingParams(temperature=0, max_tokens=40)
+    expected, _, _ = run(engine_for(model, speculator, batch_size=2), PROMPTS[:2], params)
+    engine = engine_for(model, speculator, batch_size=2)
+    engine.step_fn = torch.compile(engine.decode_step, fullgraph=True, backend="eager")
+    step = engine.step_fn
+    # As compiled: no live length, hence nothing in the step that depends on a host value.
+    engine.step_fn = lambda live, noisy, filtered: step(None, noisy, filtered)
+    torch._dynamo.utils.counters.clear()
+    tokens, _, _ = run(engine, PROMPTS[:2], params)
+    assert tokens == expected
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1

@@ -1,0 +1,107 @@
+"""What holds only on a GPU: one graph replay per step, no late compilation, one width in bf16."""
+
+import pytest
+import torch
+from conftest import Scripted, script_for
+
+from fastspec import Engine, Request, SamplingParams, decode_loop
+from model import ModelArgs, Transformer, rope_frequencies
+from speculator import MLPSpeculator, SpeculatorArgs
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+ARGS = ModelArgs(256, 4, 8, 2, 64, 512, 4000)
+SPECULATOR = SpeculatorArgs(256, 128, 3, 4000)
+
+
+def fill(module, std=0.08):
+    """Random bfloat16 weights on the GPU."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    module = module.to("cuda", torch.bfloat16).requires_grad_(False)
+    for name, param in module.named_parameters():
+        if "norm" not in name and not name.startswith("ln"):
+            param.normal_(0, std, generator=generator)
+    return module
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    model = fill(Transformer(ARGS))
+    model.inv_freq = rope_frequencies(ARGS).cuda()  # float32 in every dtype
+    return model
+
+
+@pytest.fixture
+def engine(model):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    speculator = fill(MLPSpeculator(SPECULATOR))
+    return Engine(
+        model, speculator, num_draft_tokens=3, batch_size=2, max_seq_len=2048, compile=True
+    )
+
+
+def prompt(length, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, ARGS.vocab_size, (length,), generator=generator).tolist()
+
+
+def run(engine, prompts, params):
+    tokens, accepted = [[] for _ in prompts], 0
+    requests = [Request(p, params, 7 + i, []) for i, p in enumerate(prompts)]
+    for event in decode_loop(engine, requests):
+        tokens[event.request] += event.tokens
+        accepted += event.accepted or 0
+    return tokens, accepted
+
+
+def compiled_so_far():
+    """Traced graphs, skipped CUDA graphs, recorded CUDA graphs."""
+    counters = torch._dynamo.utils.counters
+    manager = torch._inductor.cudagraph_trees.get_manager(0, create_if_none_exists=False)
+    recorded = len([node for nodes in manager.roots.values() for node in nodes])
+    return counters["stats"]["unique_graphs"], counters["inductor"]["cudagraph_skips"], recorded
+
+
+@pytest.mark.parametrize("noisy", [False, True])
+def test_step_is_a_single_graph_replay(engine, noisy):
+    params = SamplingParams(temperature=0.8 * noisy, top_p=0.9, max_tokens=500)
+    engine.warm_up(noisy)
+    engine.wait(engine.prefill(0, 0, Request(prompt(20), params, 0, []), noisy, noisy))
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        for _ in range(5):
+            engine.wait(engine.step(noisy, noisy))
+    launches = {e.key: e.count for e in profile.key_averages() if "Launch" in e.key}
+    assert launches == {"cudaGraphLaunch": 5}
+    assert compiled_so_far() == (1, 0, 1)
+
+
+def test_no_prompt_length_compiles_or_captures_anything(engine):
+    engine.warm_up(False)
+    before, graphs = compiled_so_far(), list(engine.prefill_graphs)
+    params = SamplingParams(temperature=0, max_tokens=4)
+    for length in [*range(1, 20), 63, 64, 65, 255, 256, 257, 1000, 1023, 1024, 1025, 1500, 2000]:
+        run(engine, [prompt(length)], params)
+    assert compiled_so_far() == before and list(engine.prefill_graphs) == graphs
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_chain_text_is_bit_identical_to_the_always_wrong_speculator_in_bf16(model, temperature):
+    """The same graph, with the drafts as data: always wrong, then right, then right at times."""
+    torch._dynamo.reset()
+    scripted = Scripted(torch.zeros(2, 1024, dtype=torch.int64), ARGS.vocab_size, 1).cuda()
+    engine = Engine(
+        model, scripted, num_draft_tokens=3, batch_size=2, max_seq_len=1024, compile=True
+    )
+    params = SamplingParams(temperature=temperature, top_p=0.95, max_tokens=1000)
+    prompts = [prompt(30, seed=1), prompt(7, seed=2)]
+    scripted.wrong_every.fill_(1)
+    expected, accepted = run(engine, prompts, params)
+    assert accepted == 0 and len(set(expected[0])) > 500
+    scripted.script.copy_(script_for(prompts, expected, 1024))
+    for wrong_every in (10**9, 5):
+        scripted.wrong_every.fill_(wrong_every)
+        tokens, accepted = run(engine, prompts, params)
+        assert tokens == expected and accepted > 900

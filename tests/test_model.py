@@ -1,0 +1,566 @@
+"""model.py against transformers and against itself: chunks, ragged rows, trees; bad checkpoints."""
+
+import ast
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, tiny_llama
+from safetensors.torch import load_file, save_file
+
+import model as module
+from model import (
+    ModelArgs,
+    RopeScaling,
+    Transformer,
+    kv_cache_shape,
+    load_model,
+    rope_angles,
+    write_cache,
+)
+
+# Float32 against float32 in another order of operations: each of the ~30 sums of ~50 terms rounds
+# by about 6e-8, so 1e-6 is seen; a wrong formula (norm eps, rope half, head order) gives > 1e-3.
+FLOAT32 = 1e-4
+
+LLAMA3 = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    # Short, so that 48 positions meet kept, interpolated and stretched wavelengths alike.
+    "original_max_position_embeddings": 32,
+}
+CONFIG = {key: value for key, value in TINY.items() if "token_id" not in key}
+CONFIG["model_type"] = "llama"
+
+
+def relative_error(a, b):
+    return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
+def random_tokens(*shape, seed=1):
+    return torch.randint(TINY["vocab_size"], shape, generator=torch.Generator().manual_seed(seed))
+
+
+def garbage_cache(model, rows, slots):
+    """A cache whose every slot would ruin the result if it were seen."""
+    g = torch.Generator().manual_seed(2)
+    shape = kv_cache_shape(model.args, rows, slots)
+    return (torch.randn(shape, generator=g) * 1e4).to(model.embed.weight.dtype)
+
+
+def forward(model, tokens, kv=None, cached=None, **kwargs):
+    """A plain chain of tokens [B, N] after `cached` [B] slots; returns hidden states and kv."""
+    rows, n = tokens.shape
+    kv = garbage_cache(model, rows, 8) if kv is None else kv
+    cached = torch.zeros(rows, dtype=torch.long) if cached is None else cached
+    chain = torch.ones(n, n, dtype=torch.bool).tril()
+    return model(tokens, cached[:, None] + torch.arange(n), kv, cached, chain, **kwargs)
+
+
+def full_logits(model, tokens):
+    return model.logits(forward(model, tokens)[0])
+
+
+def edit_json(path, change):
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+def edit_tensors(directory, change):
+    file = directory / "model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+
+
+def assert_same_weights(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    assert a.keys() == b.keys()
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+
+
+@pytest.fixture
+def copy(llama_dir, tmp_path):
+    """A checkpoint that the test may damage."""
+    return shutil.copytree(llama_dir, tmp_path / "copy")
+
+
+@pytest.fixture(scope="module")
+def tiny(llama_dir):
+    return load_model(llama_dir)
+
+
+@pytest.fixture(scope="module")
+def sharded_dir(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("sharded")
+    tiny_llama(directory / "whole").save_pretrained(directory, max_shard_size="40KB")
+    return directory
+
+
+# --- parity with transformers ------------------------------------------------------------------
+
+PARITY = {
+    "gqa": {},
+    "mha": {"num_key_value_heads": 6},
+    "mqa": {"num_key_value_heads": 1},
+    "head_dim": {"head_dim": 20},  # 6 heads of 20 from a width of 48
+    "head_dim_80": {"hidden_size": 160, "num_attention_heads": 2, "num_key_value_heads": 1},
+    "attention_bias": {"attention_bias": True},
+    "mlp_bias": {"mlp_bias": True},
+    "tied": {"tie_word_embeddings": True},
+    "tied_biases": {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
+    "norm_eps": {"rms_norm_eps": 0.1},  # as large as the mean squares it is added to
+    "theta_1e6": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+    "llama3": {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3}},
+}
+
+
+@pytest.mark.parametrize("case", PARITY)
+def test_logits_equal_transformers(case, tmp_path):
+    theirs = tiny_llama(tmp_path, **PARITY[case])
+    tokens = random_tokens(2, 48)
+    with torch.no_grad():
+        expected = theirs(tokens).logits
+    got = full_logits(load_model(tmp_path), tokens)
+    assert got.dtype == torch.float32
+    assert relative_error(got, expected) < FLOAT32
+
+
+def test_the_parity_cases_differ_from_each_other():
+    """Rope settings that change nothing would make their parity cases idle."""
+    default = ModelArgs.from_config(CONFIG)
+    for rope in ("theta_1e6", "llama3"):
+        args = ModelArgs.from_config(CONFIG | PARITY[rope])
+        # Every frequency but the first moves, by more than the tolerance above can hide.
+        change = module.rope_frequencies(args) / module.rope_frequencies(default) - 1
+        assert change[1:].abs().min() > 0.1
+
+
+ROPE_STYLES = {
+    "rope_parameters": {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3}},
+    "theta_outside": {"rope_parameters": {"rope_type": "llama3", **LLAMA3}, "rope_theta": 5e5},
+    "rope_scaling": {"rope_scaling": {"rope_type": "llama3", **LLAMA3}, "rope_theta": 5e5},
+    "type": {"rope_scaling": {"type": "llama3", **LLAMA3}, "rope_theta": 5e5},
+}
+
+
+@pytest.mark.parametrize("style", ROPE_STYLES)
+def test_every_style_of_rope_config_equals_transformers(style, tmp_path):
+    theirs = tiny_llama(tmp_path, **PARITY["llama3"])
+    edit_json(tmp_path / "config.json", lambda config: config.pop("rope_parameters"))
+    edit_json(tmp_path / "config.json", lambda config: config.update(ROPE_STYLES[style]))
+    tokens = random_tokens(1, 48)
+    with torch.no_grad():
+        expected = theirs(tokens).logits
+    model = load_model(tmp_path)
+    assert model.args.rope_scaling == RopeScaling(**LLAMA3)
+    assert relative_error(full_logits(model, tokens), expected) < FLOAT32
+
+
+@pytest.mark.parametrize("scaling", [None, {}, {"rope_type": "default"}, {"type": "default"}])
+def test_rope_without_scaling(scaling):
+    args = ModelArgs.from_config(CONFIG | {"rope_theta": 1e6, "rope_scaling": scaling})
+    assert (args.rope_theta, args.rope_scaling) == (1e6, None)
+
+
+def test_defaults_are_those_of_transformers():
+    """A config.json with only the required fields means what LlamaConfig takes it to mean."""
+    from transformers import LlamaConfig
+
+    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    config = {key: CONFIG[key] for key in (*sizes, "vocab_size")}
+    args, theirs = ModelArgs.from_config(config | {"model_type": "llama"}), LlamaConfig(**config)
+    assert (args.n_kv_heads, args.head_dim) == (theirs.num_key_value_heads, theirs.head_dim)
+    assert args.norm_eps == theirs.rms_norm_eps
+    assert args.rope_theta == theirs.rope_parameters["rope_theta"]
+    assert args.attention_bias == theirs.attention_bias
+    assert args.mlp_bias == theirs.mlp_bias
+    assert args.tie_embeddings == theirs.tie_word_embeddings
+    assert args.max_position == theirs.max_position_embeddings
+
+
+# --- the cache, ragged rows and trees ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunks", [(24,), (8, 8, 8), (5, 3, 1, 15), (1,) * 24], ids=str)
+def test_prefill_in_chunks_equals_one_pass(tiny, chunks):
+    tokens = random_tokens(2, 24)
+    expected, expected_kv = forward(tiny, tokens)
+    kv, done, got = garbage_cache(tiny, 2, 30), torch.zeros(2, dtype=torch.long), []
+    for part in tokens.split(chunks, dim=1):
+        hidden, new_kv = forward(tiny, part, kv, done)
+        write_cache(kv, new_kv, done[:, None] + torch.arange(part.shape[1]))
+        done = done + part.shape[1]
+        got.append(hidden)
+    assert relative_error(torch.cat(got, dim=1), expected) < FLOAT32
+    assert relative_error(kv[..., :24, :], expected_kv) < FLOAT32
+
+
+def test_ragged_rows_see_only_their_own_cached_slots(tiny):
+    """Rows advance by different amounts, as after accepted drafts; what lies beyond is garbage."""
+    tokens, kv = random_tokens(3, 40), garbage_cache(tiny, 3, 40)
+    expected, new_kv = forward(tiny, tokens)
+    cached = torch.tensor([0, 5, 11])
+    for row, n in enumerate(cached):
+        kv[:, :, row, :, :n] = new_kv[:, :, row, :, :n]
+    for accepted in ([4, 1, 3], [1, 1, 1], [2, 4, 1], [3, 2, 4]):
+        where = cached[:, None] + torch.arange(4)
+        hidden, new_kv = forward(tiny, tokens.gather(1, where), kv, cached)
+        want = torch.stack([expected[row, slots] for row, slots in enumerate(where)])
+        assert relative_error(hidden, want) < FLOAT32
+        write_cache(kv, new_kv, where)
+        cached = cached + torch.tensor(accepted)
+        for row, n in enumerate(cached):
+            kv[:, :, row, :, n:] = -1e4
+
+
+def test_write_cache_changes_the_given_slots_alone(tiny):
+    kv = garbage_cache(tiny, 2, 9)
+    new_kv = torch.randn(kv_cache_shape(tiny.args, 2, 3), generator=torch.Generator())
+    slots, expected = torch.tensor([[4, 0, 7], [8, 1, 2]]), kv.clone()
+    for row in range(2):
+        for n in range(3):
+            expected[:, :, row, :, slots[row, n]] = new_kv[:, :, row, :, n]
+    write_cache(kv, new_kv, slots)
+    assert torch.equal(kv, expected)
+
+
+PARENTS = [None, 0, 0, 1, 1, 2, 5]  # two branches under the root, two siblings under node 1
+
+
+def path_to(node):
+    return [] if node is None else [*path_to(PARENTS[node]), node]
+
+
+def test_each_tree_node_equals_its_own_path_as_a_chain(tiny):
+    nodes, cached = len(PARENTS), torch.tensor([6, 9])
+    prompt, tree = random_tokens(2, 9), random_tokens(2, nodes, seed=3)
+    kv = garbage_cache(tiny, 2, 12)
+    kv[..., :9, :] = forward(tiny, prompt)[1]
+    ancestors = torch.zeros(nodes, nodes, dtype=torch.bool)
+    for node in range(nodes):
+        ancestors[node, path_to(node)] = True
+    depth = torch.tensor([len(path_to(node)) - 1 for node in range(nodes)])
+    hidden, new_kv = tiny(tree, cached[:, None] + depth, kv, cached, ancestors)
+    for node in range(nodes):
+        alone, alone_kv = forward(tiny, tree[:, path_to(node)], kv, cached)
+        assert relative_error(hidden[:, node], alone[:, -1]) < FLOAT32
+        assert relative_error(new_kv[..., node, :], alone_kv[..., -1, :]) < FLOAT32
+
+
+def attention_by_hand(q, k, v, kv, cached, ancestors, mask):
+    """One query at a time over exactly the keys that `cached` and `ancestors` let it see."""
+    y, group = torch.empty_like(q), q.shape[2] // k.shape[2]
+    for b, n, h in torch.cartesian_prod(*map(torch.arange, q.shape[:3])).tolist():
+        g, own = h // group, ancestors[n]
+        keys = torch.cat((kv[0, b, g, : cached[b]], k[b, own, g])).double()
+        values = torch.cat((kv[1, b, g, : cached[b]], v[b, own, g])).double()
+        weights = (keys @ q[b, n, h].double() / math.sqrt(q.shape[3])).softmax(0)
+        y[b, n, h] = weights @ values
+    return y
+
+
+def test_attend_replaces_the_attention_of_every_layer(tiny):
+    """... with arguments from which one written by hand gives the same result."""
+    tokens, kv, cached = random_tokens(2, 5), garbage_cache(tiny, 2, 7), torch.tensor([2, 4])
+    kv[..., :4, :] = forward(tiny, random_tokens(2, 4, seed=4))[1]
+    calls = []
+
+    def attend(*args):
+        calls.append(args)
+        return attention_by_hand(*args)
+
+    got = forward(tiny, tokens, kv, cached, attend=attend)
+    assert len(calls) == tiny.args.n_layers
+    for a, b in zip(got, forward(tiny, tokens, kv, cached), strict=True):
+        assert relative_error(a, b) < FLOAT32
+
+
+# --- dtypes, shards, what a checkpoint may hold ------------------------------------------------
+
+
+def test_bfloat16_model_is_close_to_the_float32_one(tiny, llama_dir):
+    half, tokens = load_model(llama_dir, dtype=torch.bfloat16), random_tokens(2, 24)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    got = full_logits(half, tokens)
+    assert got.dtype == torch.float32
+    # Rounding to 8 bits, 2^-9 = 0.2 % each, about fifty times (weights, and ten results in each of
+    # three layers), independently: 0.2 % * sqrt(50) = 1.4 %. Unrelated logits are 140 % apart.
+    assert 1e-3 < relative_error(got, full_logits(tiny, tokens)) < 0.05
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rope_angles_are_float32_whatever_the_dtype(llama_dir, dtype):
+    model, position = load_model(llama_dir, dtype=dtype), 4000
+    half = model.args.head_dim // 2
+    angles = [position * model.args.rope_theta ** (-i / half) for i in range(half)] * 2
+    cos, sin = rope_angles(torch.tensor([[position]]), model.inv_freq, dtype)
+    for got, function in ((cos, math.cos), (sin, math.sin)):
+        want = torch.tensor([function(angle) for angle in angles])
+        # Float32 rounds an angle of 4000 by 2.4e-4, and its frequency by as much again; a 16-bit
+        # result rounds by up to 2^-9. A 16-bit frequency would be off by whole turns.
+        assert got.dtype == dtype
+        assert (got.flatten().float() - want).abs().max() < 2**-8
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_16_bit_checkpoint_loads_as_its_rounded_values(copy, dtype):
+    def store(change):
+        edit_tensors(copy, lambda tensors: tensors.update({n: change(tensors[n]) for n in tensors}))
+        return load_model(copy)
+
+    small = store(lambda tensor: tensor.to(dtype))
+    assert {p.dtype for p in small.parameters()} == {torch.float32}
+    assert_same_weights(small, store(lambda tensor: tensor.float()))
+
+
+def test_a_sharded_checkpoint_equals_the_single_file(sharded_dir, tiny):
+    assert len(list(sharded_dir.glob("model-*.safetensors"))) > 3
+    assert_same_weights(load_model(sharded_dir), tiny)
+
+
+def test_loaded_models_are_for_inference(tiny):
+    assert not tiny.training
+    assert not any(p.requires_grad for p in tiny.parameters())
+
+
+@pytest.mark.parametrize("directory", ["llama_dir", "sharded_dir"])
+def test_progress_wraps_the_names_of_all_tensors(directory, request):
+    directory, seen = request.getfixturevalue(directory), []
+    load_model(directory, progress=lambda names: (seen.append(name) or name for name in names))
+    stored = [name for file in directory.glob("*.safetensors") for name in load_file(file)]
+    assert sorted(seen) == sorted(stored)
+
+
+def test_old_inv_freq_tensors_are_tolerated(copy, tiny):
+    extra = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(3)}
+    edit_tensors(copy, lambda tensors: tensors.update(extra))
+    assert_same_weights(load_model(copy), tiny)
+
+
+def test_lm_head_of_a_tied_checkpoint_is_tolerated_and_not_used(tmp_path):
+    tiny_llama(tmp_path, tie_word_embeddings=True)
+    alone = load_model(tmp_path)
+    extra = {"lm_head.weight": torch.ones(97, 48)}
+    edit_tensors(tmp_path, lambda tensors: tensors.update(extra))
+    model = load_model(tmp_path)
+    assert_same_weights(model, alone)
+    assert model.output.weight.data_ptr() == model.embed.weight.data_ptr()
+
+
+# --- errors ------------------------------------------------------------------------------------
+
+
+def never(names):
+    pytest.fail("a weight was about to be copied")
+
+
+def assert_refused(directory, message, monkeypatch):
+    """ValueError with `message`, before memory is taken and before any weight is copied."""
+    monkeypatch.setattr(Transformer, "to_empty", lambda *args, **kwargs: never(args))
+    monkeypatch.setattr(module, "copy_tensors", lambda *args: never(args))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_model(directory, progress=never)
+
+
+LINEAR, DYNAMIC = {"type": "linear", "factor": 2.0}, {"rope_type": "dynamic", "factor": 2.0}
+BAD_CONFIGS = [
+    ({"model_type": "mistral"}, "model_type 'mistral' is not supported; supported: llama"),
+    ({"model_type": None}, "model_type None is not supported; supported: llama"),
+    ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported; supported: silu"),
+    ({"rope_scaling": LINEAR}, "rope type 'linear' is not supported; supported: default, llama3"),
+    ({"rope_scaling": DYNAMIC}, "rope type 'dynamic' is not supported; supported: default, llama3"),
+    ({"rope_parameters": {"rope_type": "yarn"}}, "rope type 'yarn' is not supported"),
+    ({"num_key_value_heads": 4}, "num_attention_heads 6 is not a multiple of num_key_value_heads"),
+]
+INTEGERS = [
+    *("hidden_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers"),
+    *("head_dim", "intermediate_size", "vocab_size", "max_position_embeddings"),
+]
+OPTIONAL = ("num_key_value_heads", "head_dim", "max_position_embeddings")
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_CONFIGS, ids=lambda x: str(x)[:40])
+def test_unsupported_configs_are_named(change, message):
+    with pytest.raises(ValueError, match=re.escape(f"config.json: {message}")):
+        ModelArgs.from_config(CONFIG | change)
+
+
+@pytest.mark.parametrize("field", LLAMA3)
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+def test_llama3_scaling_needs_every_field(field, key):
+    rope = {"rope_type": "llama3", **LLAMA3}
+    del rope[field]
+    with pytest.raises(ValueError, match=f"config.json: rope type 'llama3' needs {field}$"):
+        ModelArgs.from_config(CONFIG | {key: rope})
+
+
+@pytest.mark.parametrize("value", [0, -1, 48.0, "48", True, [48]], ids=repr)
+@pytest.mark.parametrize("field", INTEGERS)
+def test_sizes_must_be_positive_integers(field, value):
+    message = f"config.json: {field} must be a positive integer, found {value!r}"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        ModelArgs.from_config(CONFIG | {field: value})
+
+
+@pytest.mark.parametrize("field", [field for field in INTEGERS if field not in OPTIONAL])
+def test_missing_fields_are_named(field):
+    without = {key: value for key, value in CONFIG.items() if key != field}
+    for config in (without, CONFIG | {field: None}):
+        with pytest.raises(ValueError, match=f"^config.json: {field} is missing$"):
+            ModelArgs.from_config(config)
+
+
+CONFIG_FILES = {
+    "absent": (None, "config.json: no such file; is this a model directory?"),
+    "not_json": (b'{"model_type": ', "config.json: not valid JSON ("),
+    "not_utf8": (b'{"model_type": "\xff"}', "config.json: not valid JSON ("),
+    "not_an_object": (b'["llama"]', "config.json: expected a JSON object, found list"),
+    "unsupported": (b'{"model_type": "gpt2"}', "config.json: model_type 'gpt2' is not supported"),
+}
+
+
+@pytest.mark.parametrize("case", CONFIG_FILES)
+def test_a_bad_config_file_is_named(case, copy, monkeypatch):
+    content, message = CONFIG_FILES[case]
+    (copy / "config.json").unlink()
+    if content is not None:
+        (copy / "config.json").write_bytes(content)
+    assert_refused(copy, message, monkeypatch)
+
+
+@pytest.mark.parametrize("keep", [-1, -9000, 1000, 4, 0])
+def test_a_truncated_file_is_named(keep, copy, monkeypatch):
+    """Cut in the last tensor, further up, inside the header, inside its length, to nothing."""
+    file = copy / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    assert_refused(copy, f"{file}: cut off or damaged (", monkeypatch)
+
+
+def test_a_truncated_shard_is_named(sharded_dir, tmp_path, monkeypatch):
+    copy = shutil.copytree(sharded_dir, tmp_path / "copy")
+    file = sorted(copy.glob("*.safetensors"))[1]
+    file.write_bytes(file.read_bytes()[:-1])
+    assert_refused(copy, f"{file}: cut off or damaged (", monkeypatch)
+
+
+def test_a_missing_single_file_is_named(copy, monkeypatch):
+    (copy / "model.safetensors").unlink()
+    assert_refused(copy, f"{copy}: model.safetensors not found; download it again", monkeypatch)
+
+
+def test_all_missing_shards_are_named(sharded_dir, tmp_path, monkeypatch):
+    copy = shutil.copytree(sharded_dir, tmp_path / "copy")
+    gone = sorted(copy.glob("*.safetensors"))[1:3]
+    for file in gone:
+        file.unlink()
+    names = ", ".join(file.name for file in gone)
+    assert_refused(copy, f"{copy}: {names} not found; download it again", monkeypatch)
+
+
+INDEX = "model.safetensors.index.json"
+BAD_INDEXES = {
+    "absent": ('{"metadata": {}}', f"{INDEX}: weight_map is missing"),
+    "a_list": ('{"weight_map": ["model.safetensors"]}', f"{INDEX}: weight_map is missing"),
+    "not_json": ("{", f"{INDEX}: not valid JSON ("),
+    "not_an_object": ("[]", f"{INDEX}: expected a JSON object, found list"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INDEXES)
+def test_a_bad_index_is_named(case, copy, monkeypatch):
+    text, message = BAD_INDEXES[case]
+    (copy / INDEX).write_text(text)
+    assert_refused(copy, message, monkeypatch)
+
+
+def drop(*names):
+    return lambda tensors: [tensors.pop(name) for name in names]
+
+
+def put(*names, shape=(48,)):
+    return lambda tensors: tensors.update({name: torch.zeros(shape) for name in names})
+
+
+DOWN, K = "model.layers.1.mlp.down_proj.weight", "model.layers.0.self_attn.k_proj.weight"
+BIAS, NORM = "model.layers.0.self_attn.q_proj.bias", "model.norm.weight"
+BAD_TENSORS = {
+    "missing": (drop(DOWN), f"1 tensors missing, first {DOWN}"),
+    "two_missing": (drop(NORM, DOWN), f"2 tensors missing, first {DOWN}"),
+    "no_lm_head": (drop("lm_head.weight"), "1 tensors missing, first lm_head.weight"),
+    "unknown": (put("model.extra"), "1 unknown tensors, first model.extra"),
+    "two_unknown": (put("z", BIAS), f"2 unknown tensors, first {BIAS}"),
+    "short": (put(NORM, shape=(47,)), f"{NORM} has shape [47], config.json says [48]"),
+    # As many numbers as wanted, the other way round.
+    "turned": (put(K, shape=(48, 16)), f"{K} has shape [48, 16], config.json says [16, 48]"),
+    "scalar": (put(NORM, shape=()), f"{NORM} has shape [], config.json says [48]"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_TENSORS)
+def test_tensors_that_do_not_fit_are_named(case, copy, monkeypatch):
+    change, message = BAD_TENSORS[case]
+    edit_tensors(copy, change)
+    where = copy / "model.safetensors" if "shape" in message else copy
+    assert_refused(copy, f"{where}: {message}", monkeypatch)
+
+
+def test_a_config_of_another_size_is_refused(copy, monkeypatch):
+    """Four layers where the file holds three; nine tensors each."""
+    edit_json(copy / "config.json", lambda config: config.update(num_hidden_layers=4))
+    first = "model.layers.3.input_layernorm.weight"
+    assert_refused(copy, f"{copy}: 9 tensors missing, first {first}", monkeypatch)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.bool, torch.float64])
+def test_tensors_of_other_dtypes_are_named(dtype, copy):
+    edit_tensors(copy, lambda tensors: tensors.update({K: tensors[K].to(dtype)}))
+    message = f"{copy / 'model.safetensors'}: {K} is {dtype}; supported: float16, bfloat16, float32"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_model(copy)
+
+
+# --- one file alone ----------------------------------------------------------------------------
+
+ALONE = """
+import sys
+sys.path.insert(0, "")
+import torch
+from model import kv_cache_shape, load_model
+
+model = load_model(sys.argv[1])
+assert not {"speculator", "fastspec", "transformers"} & set(sys.modules)
+kv = torch.zeros(kv_cache_shape(model.args, 1, 1))
+chain = torch.ones(6, 6, dtype=torch.bool).tril()
+tokens = torch.arange(6)[None]
+hidden, _ = model(tokens, tokens, kv, torch.zeros(1, dtype=torch.long), chain)
+print(model.logits(hidden).argmax(-1).tolist())
+"""
+
+
+def test_the_file_runs_alone(tiny, llama_dir, tmp_path):
+    """In a folder that holds nothing else, in an isolated interpreter, with the same result."""
+    shutil.copy(module.__file__, tmp_path)
+    command = [sys.executable, "-I", "-c", ALONE, str(llama_dir)]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    expected = full_logits(tiny, torch.arange(6)[None]).argmax(-1)
+    assert json.loads(result.stdout) == expected.tolist()
+
+
+def test_the_file_imports_only_the_standard_library_torch_and_safetensors():
+    tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
+    names = {a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names}
+    froms = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    assert not any(node.level for node in froms)
+    roots = {name.split(".")[0] for name in names | {node.module for node in froms}}
+    assert {"torch", "safetensors"} <= roots
+    assert roots - sys.stdlib_module_names == {"torch", "safetensors"}
