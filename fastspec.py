@@ -1,7 +1,7 @@
 """fastspec: lossless speculative decoding with MLP speculators, one CUDA graph per step.
 
-Reads downward: sampling, the decode step, the engine that holds its state, the host loop, LLM,
-the command line.
+Reads downward: requests, sampling, the engine (decode state, decode step, prefill), the host loop,
+LLM, the command line.
 
 Letters in shape comments:
     B rows (sequences)     N candidate tokens per row and step (1 + k drafted)     S cache slots
@@ -28,8 +28,73 @@ from huggingface_hub.utils import tqdm
 from torch import Tensor
 
 from model import ModelArgs, Transformer, kv_cache_shape, load_model, read_json, write_cache
-from speculator import SpeculatorArgs, load_speculator
+from speculator import MLPSpeculator, SpeculatorArgs, load_speculator
 from tokenizer import Tokenizer, load_tokenizer
+
+# --- requests ------------------------------------------------------------------------------------
+
+MAX_STOP_IDS = 16
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to choose the tokens of one request. Names and defaults are vLLM's.
+
+    temperature 0 is greedy; top_k 0 (or -1) and top_p 1 keep every token; min_p keeps tokens of
+    at least that share of the likeliest one's probability. `seed` None draws a fresh one. `stop`
+    strings end the text and are left out of it; `stop_token_ids` end it as the model's own
+    end-of-sequence ids do, which `ignore_eos` switches off.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    max_tokens: int = 16
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool = False
+
+    def __new__(cls, *args, **kwargs):
+        known = [f.name for f in fields(cls)]
+        if unknown := [name for name in kwargs if name not in known]:
+            raise ValueError(
+                f"SamplingParams: {unknown[0]} is not supported; supported: {', '.join(known)}"
+            )
+        return super().__new__(cls)
+
+    def __post_init__(self):
+        in_range = {
+            "temperature": 0 <= self.temperature < float("inf"),
+            "top_p": 0 < self.top_p <= 1,
+            "min_p": 0 <= self.min_p <= 1,
+            "top_k": isinstance(self.top_k, int) and self.top_k >= -1,
+            "max_tokens": isinstance(self.max_tokens, int) and self.max_tokens >= 1,
+        }
+        for name, good in in_range.items():
+            if not good:
+                raise ValueError(f"SamplingParams: {name} {getattr(self, name)} is out of range")
+        fixed = {
+            "top_k": max(self.top_k, 0),
+            "stop": [self.stop] if isinstance(self.stop, str) else list(self.stop or []),
+            "stop_token_ids": list(self.stop_token_ids or []),
+        }
+        for name, value in fixed.items():
+            object.__setattr__(self, name, value)
+        if "" in self.stop:
+            raise ValueError("SamplingParams: stop holds an empty string")
+
+
+@dataclass(frozen=True)
+class Request:
+    """Prompt ids, with the seed of its noise and every id that ends the answer."""
+
+    prompt: list[int]
+    params: SamplingParams
+    seed: int
+    stop_ids: list[int]
+
 
 # --- sampling ----------------------------------------------------------------------------------
 # The next token is argmax(logits + T * g), with g a fixed function of (seed, position, token).
@@ -110,9 +175,8 @@ def largest_threshold(p: Tensor, enough) -> Tensor:
     return bits.view(torch.float32)
 
 
-# --- the decode step ---------------------------------------------------------------------------
+# --- the engine --------------------------------------------------------------------------------
 
-MAX_STOP_IDS = 16
 PREFILL_SIZES = (64, 256, 1024)
 HEADER = 4  # columns of a result before its tokens: request, tokens emitted, accepted, done
 
@@ -134,6 +198,18 @@ def count_emitted(
     before_stop = (is_stop.long().cumsum(1) == 0).sum(1)
     emitted = torch.minimum(torch.minimum(accepted, before_stop) + 1, room)
     return emitted, accepted, before_stop < emitted
+
+
+Packet = tuple[Tensor, torch.cuda.Event | None]
+
+
+def new_packet(result: Tensor) -> Packet:
+    return torch.empty_like(result, device="cpu", pin_memory=True), torch.cuda.Event()
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """Copy to the device without making the host wait for the work queued there."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
 
 
 class Engine(nn.Module):
@@ -256,8 +332,8 @@ class Engine(nn.Module):
 
     @torch.inference_mode()
     def prefill(
-        self, row: int, number: int, request: "Request", noisy: bool, filtered: bool
-    ) -> "Packet":
+        self, row: int, number: int, request: Request, noisy: bool, filtered: bool
+    ) -> Packet:
         """Put request `number` into a row; the packet holds its first token."""
         self.set_row(row, number, request)
         prompt = to_device(torch.tensor(request.prompt), self.kv.device)
@@ -314,7 +390,7 @@ class Engine(nn.Module):
             self.prefill_graphs[size] = (graph, tokens, *numbers, last)
 
     @torch.inference_mode()
-    def step(self, noisy: bool, filtered: bool) -> "Packet":
+    def step(self, noisy: bool, filtered: bool) -> Packet:
         """One decode step of all rows; the packet holds what each emitted."""
         self.step_fn(None if self.compile else int(self.length.max()) - 1, noisy, filtered)
         return self.read_result()
@@ -333,7 +409,7 @@ class Engine(nn.Module):
         self.stop_row(0)
         self.warm.add(noisy)
 
-    def set_row(self, row: int, number: int, request: "Request") -> None:
+    def set_row(self, row: int, number: int, request: Request) -> None:
         """Sampling settings and limits of a request, into the state of its row."""
         params = request.params
         for name in ("temperature", "top_p", "min_p", "top_k"):
@@ -349,7 +425,7 @@ class Engine(nn.Module):
         """Freeze a row that the host has ended."""
         self.done[row] = True
 
-    def read_result(self) -> "Packet":
+    def read_result(self) -> Packet:
         """Start copying the last result to the host."""
         if self.result.device.type != "cuda":
             return self.result.clone(), None
@@ -358,7 +434,7 @@ class Engine(nn.Module):
         event.record()
         return buffer, event
 
-    def wait(self, packet: "Packet") -> list[list[int]]:
+    def wait(self, packet: Packet) -> list[list[int]]:
         """The rows of a packet, once it has arrived."""
         buffer, event = packet
         if event is not None:
@@ -367,79 +443,7 @@ class Engine(nn.Module):
         return buffer.tolist()
 
 
-Packet = tuple[Tensor, torch.cuda.Event | None]
-
-
-def new_packet(result: Tensor) -> Packet:
-    return torch.empty_like(result, device="cpu", pin_memory=True), torch.cuda.Event()
-
-
-def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """Copy to the device without making the host wait for the work queued there."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
-
-
-# --- requests and the host loop ----------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How to choose the tokens of one request. Names and defaults are vLLM's.
-
-    temperature 0 is greedy; top_k 0 (or -1) and top_p 1 keep every token; min_p keeps tokens of
-    at least that share of the likeliest one's probability. `seed` None draws a fresh one. `stop`
-    strings end the text and are left out of it; `stop_token_ids` end it as the model's own
-    end-of-sequence ids do, which `ignore_eos` switches off.
-    """
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    max_tokens: int = 16
-    seed: int | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
-    ignore_eos: bool = False
-
-    def __new__(cls, *args, **kwargs):
-        known = [f.name for f in fields(cls)]
-        if unknown := [name for name in kwargs if name not in known]:
-            raise ValueError(
-                f"SamplingParams: {unknown[0]} is not supported; supported: {', '.join(known)}"
-            )
-        return super().__new__(cls)
-
-    def __post_init__(self):
-        in_range = {
-            "temperature": 0 <= self.temperature < float("inf"),
-            "top_p": 0 < self.top_p <= 1,
-            "min_p": 0 <= self.min_p <= 1,
-            "top_k": isinstance(self.top_k, int) and self.top_k >= -1,
-            "max_tokens": isinstance(self.max_tokens, int) and self.max_tokens >= 1,
-        }
-        for name, good in in_range.items():
-            if not good:
-                raise ValueError(f"SamplingParams: {name} {getattr(self, name)} is out of range")
-        fixed = {
-            "top_k": max(self.top_k, 0),
-            "stop": [self.stop] if isinstance(self.stop, str) else list(self.stop or []),
-            "stop_token_ids": list(self.stop_token_ids or []),
-        }
-        for name, value in fixed.items():
-            object.__setattr__(self, name, value)
-        if "" in self.stop:
-            raise ValueError("SamplingParams: stop holds an empty string")
-
-
-@dataclass(frozen=True)
-class Request:
-    """Prompt ids, with the seed of its noise and every id that ends the answer."""
-
-    prompt: list[int]
-    params: SamplingParams
-    seed: int
-    stop_ids: list[int]
+# --- the host loop -----------------------------------------------------------------------------
 
 
 @dataclass
@@ -617,18 +621,27 @@ class LLM:
         self.tokenizer = load_tokenizer(directory)
         self.end_ids = end_of_sequence_ids(directory, config, self.tokenizer)
         dtype = choose_dtype(dtype, config, device)
-        speculator_dir, k = None, 0
+        speculator_dir, speculator_args, k = None, None, 0
         if speculative_config is not None:
-            speculator_dir, k = read_speculative_config(speculative_config, args, directory)
-        max_seq_len = max_seq_len or min(args.max_position, DEFAULT_MAX_SEQ_LEN)
+            speculator_dir, speculator_args, k = read_speculative_config(
+                speculative_config, args, directory
+            )
+        if max_seq_len is None:
+            max_seq_len = min(args.max_position, DEFAULT_MAX_SEQ_LEN)
+        if batch_size < 1 or max_seq_len < 2:
+            raise ValueError(
+                f"batch_size {batch_size} or max_seq_len {max_seq_len} is too small: "
+                "at least 1 row and 2 tokens"
+            )
         if max_seq_len > args.max_position:
             raise ValueError(
                 f"max_seq_len {max_seq_len} exceeds the model's context of {args.max_position}"
             )
-        check_memory(args, batch_size, max_seq_len + k + 1, dtype, device)
+        cache_shape = kv_cache_shape(args, batch_size, max_seq_len + k + 1)
+        check_memory(args, speculator_args if k else None, cache_shape, dtype, device)
         target = load_model(directory, device, dtype, progress("target"))
         speculator = None
-        if speculator_dir is not None and k:
+        if k:
             speculator = load_speculator(speculator_dir, device, dtype, progress("speculator"))
         self.engine = Engine(
             target,
@@ -761,8 +774,10 @@ def choose_dtype(name: str, config: dict, device: torch.device) -> torch.dtype:
     return torch.float16 if stored == "float16" else torch.bfloat16
 
 
-def read_speculative_config(config: dict, target: ModelArgs, target_dir: Path) -> tuple[Path, int]:
-    """The speculator's directory and the number of tokens to draft, checked against the target."""
+def read_speculative_config(
+    config: dict, target: ModelArgs, target_dir: Path
+) -> tuple[Path, SpeculatorArgs, int]:
+    """Directory, args and tokens to draft of the speculator, checked against the target."""
     known = ("model", "method", "num_speculative_tokens", "revision")
     if unknown := [key for key in config if key not in known]:
         raise ValueError(
@@ -790,20 +805,27 @@ def read_speculative_config(config: dict, target: ModelArgs, target_dir: Path) -
         raise ValueError(
             f"cannot draft {k} tokens: speculator {directory} has {args.n_predict} heads"
         )
-    return directory, k
+    return directory, args, k
 
 
-def check_memory(args: ModelArgs, batch_size: int, slots: int, dtype, device) -> None:
-    """Refuse a KV cache that cannot fit, before weights are read."""
-    cache = math.prod(kv_cache_shape(args, batch_size, slots)) * dtype.itemsize
+def check_memory(
+    target: ModelArgs, speculator: SpeculatorArgs | None, cache_shape, dtype, device
+) -> None:
+    """Refuse what cannot fit into the device's memory, before weights are read."""
+    with torch.device("meta"):
+        modules = [Transformer(target), *([MLPSpeculator(speculator)] if speculator else [])]
+    weights = sum(p.numel() for m in modules for p in m.parameters()) * dtype.itemsize
+    cache = math.prod(cache_shape) * dtype.itemsize
     if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
+        room = torch.cuda.mem_get_info(device)[0]
+    elif hasattr(os, "sysconf"):
+        room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     else:
-        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if cache > free:
+        return
+    if weights + cache > room:
         raise ValueError(
-            f"the KV cache of {batch_size} x {slots} tokens needs {cache / 1e9:.1f} GB, "
-            f"{free / 1e9:.1f} GB are there; lower --max-seq-len or --batch-size"
+            f"weights of {weights / 1e9:.1f} GB and a KV cache of {cache / 1e9:.1f} GB do not fit "
+            f"into {room / 1e9:.1f} GB; a lower max_seq_len or batch_size needs less cache"
         )
 
 
@@ -816,7 +838,7 @@ def progress(what: str):
 
 # --- command line ------------------------------------------------------------------------------
 
-DEFAULT_PROMPT = "Explain why the sky is blue."
+DEFAULT_PROMPT = "What is gravity?"
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -857,7 +879,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except (ValueError, OSError, RuntimeError) as error:
-        print(f"fastspec: {error}", file=sys.stderr)
+        print(f"fastspec: {str(error).splitlines()[0]}", file=sys.stderr)
         return 1
     return 0
 
@@ -881,13 +903,15 @@ def run(args: argparse.Namespace) -> None:
         speculative,
         dtype=args.dtype,
         device=args.device,
-        batch_size=args.batch_size or min(len(args.prompt), 8),
+        batch_size=min(len(args.prompt), 8) if args.batch_size is None else args.batch_size,
         max_seq_len=args.max_seq_len,
         compile=args.compile,
         revision=args.revision,
     )
     if not args.speculator:
         print("fastspec: no speculator: plain decoding, one token per step", file=sys.stderr)
+    if llm.engine.compile:
+        print("fastspec: compiling the decode step, about a minute unless cached", file=sys.stderr)
     prompts = [chat_ids(llm.tokenizer, text, args.chat) for text in args.prompt]
     with profiler(args.profile):
         outputs = show(llm.stream(prompts, params), args.prompt)

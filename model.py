@@ -61,49 +61,61 @@ class ModelArgs:
             raise ValueError(f"config.json: model_type {kind!r} is not supported; supported: llama")
         if (act := config.get("hidden_act", "silu")) != "silu":
             raise ValueError(f"config.json: hidden_act {act!r} is not supported; supported: silu")
-        dim, n_heads = (
-            _positive_int(config, "hidden_size"),
-            _positive_int(config, "num_attention_heads"),
-        )
-        n_kv_heads = _positive_int(config, "num_key_value_heads", n_heads)
+        dim, n_heads = _number(config, "hidden_size"), _number(config, "num_attention_heads")
+        n_kv_heads = _number(config, "num_key_value_heads", n_heads)
         if n_heads % n_kv_heads:
             raise ValueError(
                 f"config.json: num_attention_heads {n_heads} is not a multiple of "
                 f"num_key_value_heads {n_kv_heads}"
             )
+        head_dim = _number(config, "head_dim", dim // n_heads)
+        if head_dim % 2:
+            raise ValueError(f"config.json: head_dim {head_dim} is odd; rope needs pairs")
         rope_theta, rope_scaling = _read_rope(config)
         return cls(
             dim=dim,
-            n_layers=_positive_int(config, "num_hidden_layers"),
+            n_layers=_number(config, "num_hidden_layers"),
             n_heads=n_heads,
             n_kv_heads=n_kv_heads,
-            head_dim=_positive_int(config, "head_dim", dim // n_heads),
-            ffn_dim=_positive_int(config, "intermediate_size"),
-            vocab_size=_positive_int(config, "vocab_size"),
-            norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+            head_dim=head_dim,
+            ffn_dim=_number(config, "intermediate_size"),
+            vocab_size=_number(config, "vocab_size"),
+            norm_eps=_number(config, "rms_norm_eps", 1e-6, float),
             rope_theta=rope_theta,
             rope_scaling=rope_scaling,
-            attention_bias=bool(config.get("attention_bias", False)),
-            mlp_bias=bool(config.get("mlp_bias", False)),
-            tie_embeddings=bool(config.get("tie_word_embeddings", False)),
-            max_position=_positive_int(config, "max_position_embeddings", 2048),
+            attention_bias=_flag(config, "attention_bias"),
+            mlp_bias=_flag(config, "mlp_bias"),
+            tie_embeddings=_flag(config, "tie_word_embeddings"),
+            max_position=_number(config, "max_position_embeddings", 2048),
         )
 
 
-def _positive_int(config: dict, key: str, default: int | None = None) -> int:
+def _number(config: dict, key: str, default: float | None = None, kind: type = int):
+    """A positive, finite number of the config; `default` when it is absent or null."""
     value = config.get(key)
     value = default if value is None else value
     if value is None:
         raise ValueError(f"config.json: {key} is missing")
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"config.json: {key} must be a positive integer, found {value!r}")
-    return value
+    wrong_type = isinstance(value, bool) or not isinstance(value, (int, kind))
+    if wrong_type or not 0 < value < math.inf:
+        name = "integer" if kind is int else "number"
+        raise ValueError(f"config.json: {key} must be a positive {name}, found {value!r}")
+    return kind(value)
+
+
+def _flag(config: dict, key: str) -> bool:
+    value = config.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise ValueError(f"config.json: {key} must be true or false, found {value!r}")
+    return bool(value)
 
 
 def _read_rope(config: dict) -> tuple[float, RopeScaling | None]:
     """Theta and scaling, from `rope_theta` + `rope_scaling` or from the newer `rope_parameters`."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    theta = float(rope.get("rope_theta", config.get("rope_theta", 10000.0)))
+    if not isinstance(rope, dict):
+        raise ValueError(f"config.json: rope parameters must be an object, found {rope!r}")
+    theta = _number(config | rope, "rope_theta", 10000.0, float)
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return theta, None
@@ -111,10 +123,17 @@ def _read_rope(config: dict) -> tuple[float, RopeScaling | None]:
         raise ValueError(
             f"config.json: rope type {kind!r} is not supported; supported: default, llama3"
         )
-    try:
-        return theta, RopeScaling(**{name: rope[name] for name in RopeScaling.__dataclass_fields__})
-    except KeyError as missing:
-        raise ValueError(f"config.json: rope type 'llama3' needs {missing.args[0]}") from None
+    if missing := [name for name in RopeScaling.__dataclass_fields__ if name not in rope]:
+        raise ValueError(f"config.json: rope type 'llama3' needs {missing[0]}")
+    scaling = RopeScaling(
+        **{
+            name: _number(rope, name, kind=field.type)
+            for name, field in RopeScaling.__dataclass_fields__.items()
+        }
+    )
+    if scaling.low_freq_factor >= scaling.high_freq_factor:
+        raise ValueError("config.json: low_freq_factor must be below high_freq_factor")
+    return theta, scaling
 
 
 # --- the model ---------------------------------------------------------------------------------
@@ -300,7 +319,7 @@ def load_model(
 
     Tensors go to `device` one at a time; `progress` may wrap the list of their names. Raises
     ValueError naming file and tensor when something is missing, unknown, of another shape or cut
-    off; all names and shapes are checked before the first weight is read.
+    off; names, shapes and types are all checked before the first weight is read.
     """
     directory = Path(directory)
     args = ModelArgs.from_config(read_json(directory / "config.json"))
@@ -356,8 +375,10 @@ def safetensors_files(directory: Path) -> list[Path]:
     elif not isinstance(weight_map := read_json(index).get("weight_map"), dict):
         raise ValueError(f"{index}: weight_map is missing")
     else:
-        names = sorted(set(weight_map.values()))
-    files = [directory / Path(name).name for name in names]
+        names = sorted({str(name) for name in weight_map.values()})
+    if bad := [name for name in names if not name.endswith(".safetensors") or "/" in name]:
+        raise ValueError(f"{index}: {bad[0]!r} is not the name of a safetensors file")
+    files = [directory / name for name in names]
     if missing := [file.name for file in files if not file.exists()]:
         raise ValueError(f"{directory}: {', '.join(missing)} not found; download it again")
     return files
@@ -370,7 +391,12 @@ def read_headers(files: list[Path]) -> dict[str, tuple[Path, torch.Size]]:
         try:
             with safe_open(file, framework="pt") as shard:
                 for name in shard.keys():  # noqa: SIM118 (safe_open is not a dict)
-                    found[name] = (file, torch.Size(shard.get_slice(name).get_shape()))
+                    if name in found:
+                        raise ValueError(f"{file}: {name} is also in {found[name][0].name}")
+                    header = shard.get_slice(name)
+                    if (kind := header.get_dtype()) not in ("F16", "BF16", "F32"):
+                        raise ValueError(f"{file}: {name} is {kind}; supported: F16, BF16, F32")
+                    found[name] = (file, torch.Size(header.get_shape()))
         except SafetensorError as error:
             raise ValueError(f"{file}: cut off or damaged ({error}); download it again") from None
     return found
@@ -397,9 +423,4 @@ def copy_tensors(found: dict, targets: dict[str, Tensor], progress: Callable) ->
     for name in progress(sorted(targets, key=lambda name: found[name][0])):
         file, _ = found[name]
         with safe_open(file, framework="pt") as shard:
-            tensor = shard.get_tensor(name)
-        if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-            raise ValueError(
-                f"{file}: {name} is {tensor.dtype}; supported: float16, bfloat16, float32"
-            )
-        targets[name].copy_(tensor)
+            targets[name].copy_(shard.get_tensor(name))

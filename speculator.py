@@ -44,35 +44,42 @@ class SpeculatorArgs:
             raise ValueError(
                 f"config.json: model_type {kind!r} is not a speculator; expected 'mlp_speculator'"
             )
-        emb_dim, n_predict = _positive_int(config, "emb_dim"), _positive_int(config, "n_predict")
+        emb_dim, n_predict = _integer(config, "emb_dim"), _integer(config, "n_predict")
         top_k = config.get("top_k_tokens_per_head") or [1] * n_predict
-        if len(top_k) != n_predict or not all(isinstance(k, int) and k > 0 for k in top_k):
+        good = isinstance(top_k, list) and all(type(k) is int and k > 0 for k in top_k)
+        if not good or len(top_k) != n_predict:
             raise ValueError(
                 f"config.json: top_k_tokens_per_head must be {n_predict} positive integers "
                 f"(n_predict), found {top_k!r}"
             )
         return cls(
             emb_dim=emb_dim,
-            inner_dim=emb_dim
-            if config.get("inner_dim") == 0
-            else _positive_int(config, "inner_dim"),
+            inner_dim=_integer(config, "inner_dim", least=0) or emb_dim,
             n_predict=n_predict,
-            vocab_size=_positive_int(config, "vocab_size"),
-            tie_weights=bool(config.get("tie_weights", False)),
-            scale_input=bool(config.get("scale_input", False)),
+            vocab_size=_integer(config, "vocab_size"),
+            tie_weights=_flag(config, "tie_weights"),
+            scale_input=_flag(config, "scale_input"),
             top_k_tokens_per_head=tuple(top_k),
             n_candidates=config.get("n_candidates"),
             base_model=config.get("base_model_name_or_path"),
         )
 
 
-def _positive_int(config: dict, key: str) -> int:
+def _integer(config: dict, key: str, least: int = 1) -> int:
     value = config.get(key)
     if value is None:
         raise ValueError(f"config.json: {key} is missing")
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"config.json: {key} must be a positive integer, found {value!r}")
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        kind = "a positive integer" if least else "0 or a positive integer"
+        raise ValueError(f"config.json: {key} must be {kind}, found {value!r}")
     return value
+
+
+def _flag(config: dict, key: str) -> bool:
+    value = config.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise ValueError(f"config.json: {key} must be true or false, found {value!r}")
+    return bool(value)
 
 
 class LayerNorm(nn.Module):
@@ -158,8 +165,8 @@ def load_speculator(
     """Speculator from a directory with config.json and safetensors (one file, or shards + index).
 
     Tensor names may carry the prefix `speculator.`; tied tensors may be stored once or under
-    every alias. Raises ValueError naming file and tensor when something does not fit; names and
-    shapes are checked before the first weight is read.
+    every alias. Raises ValueError naming file and tensor when something does not fit; names,
+    shapes and types are checked before the first weight is read.
     """
     directory = Path(directory)
     args = SpeculatorArgs.from_config(_read_json(directory / "config.json"))
@@ -168,16 +175,15 @@ def load_speculator(
     found = _read_headers(directory)
     _check(directory, found, _tensor_names(model))
     model.to_empty(device=device)
-    targets = _tensor_names(model)
+    targets, filled = _tensor_names(model), set()
     for name in progress(sorted(found, key=lambda name: found[name][0])):
         file, stored, _ = found[name]
         with safe_open(file, framework="pt") as shard:
-            tensor = shard.get_tensor(stored)
-        if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-            raise ValueError(
-                f"{file}: {stored} is {tensor.dtype}; supported: float16, bfloat16, float32"
-            )
+            tensor = shard.get_tensor(stored).to(device, dtype)
+        if id(targets[name]) in filled and not torch.equal(targets[name], tensor):
+            raise ValueError(f"{file}: {stored} differs from the tensor it is tied to")
         targets[name].copy_(tensor)
+        filled.add(id(targets[name]))
     return model.eval().requires_grad_(False)
 
 
@@ -232,16 +238,22 @@ def _read_headers(directory: Path) -> dict[str, tuple[Path, str, list[int]]]:
     if index.exists():
         if not isinstance(weight_map := _read_json(index).get("weight_map"), dict):
             raise ValueError(f"{index}: weight_map is missing")
-        files = sorted(set(weight_map.values()))
+        files = sorted({str(name) for name in weight_map.values()})
+    if bad := [name for name in files if not name.endswith(".safetensors") or "/" in name]:
+        raise ValueError(f"{index}: {bad[0]!r} is not the name of a safetensors file")
     found = {}
-    for file in [directory / Path(name).name for name in files]:
+    for file in [directory / name for name in files]:
         if not file.exists():
             raise ValueError(f"{directory}: {file.name} not found; download it again")
         try:
             with safe_open(file, framework="pt") as shard:
                 for name in shard.keys():  # noqa: SIM118 (safe_open is not a dict)
-                    shape = list(shard.get_slice(name).get_shape())
-                    found[name.removeprefix("speculator.")] = (file, name, shape)
+                    header, key = shard.get_slice(name), name.removeprefix("speculator.")
+                    if key in found:
+                        raise ValueError(f"{file}: {name} is also in {found[key][0].name}")
+                    if (kind := header.get_dtype()) not in ("F16", "BF16", "F32"):
+                        raise ValueError(f"{file}: {name} is {kind}; supported: F16, BF16, F32")
+                    found[key] = (file, name, list(header.get_shape()))
         except SafetensorError as error:
             raise ValueError(f"{file}: cut off or damaged ({error}); download it again") from None
     return found

@@ -1,0 +1,935 @@
+"""LLM and the command line, from checkpoint directories to text, in float32 on the CPU.
+
+Two kinds of checkpoint, with one byte-level BPE tokenizer. A random llama, for texts that must be
+equal. And a llama made by hand that tells a fixed STORY, each token leading to the next, with
+speculators that know the story (or two thirds of it), for everything about text.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import huggingface_hub
+import pytest
+import tokenizers
+import torch
+from conftest import tiny_llama, tiny_speculator
+from huggingface_hub.utils import filter_repo_objects
+from safetensors.torch import save_file
+
+import fastspec
+from fastspec import LLM, SamplingParams
+from tokenizer import load_tokenizer
+
+VOCAB = 400
+END, USER, ANSWER = range(3)  # ids of the special tokens
+SPECIAL = ["<|end|>", "<|user|>", "<|answer|>"]
+STORY = " one two three four five é€😀 six seven eight nine ten"
+TEMPLATE = (
+    "{% for m in messages %}<|user|>{{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}<|answer|>{% endif %}"
+)
+REPOSITORY = Path(fastspec.__file__).parent
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tiny models: on a busy machine, threads waiting for each other cost more than they give."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+# ---- checkpoints ----
+
+
+def save_tokenizer(directory, **config):
+    """A byte-level BPE whose tokens include the words of STORY, with <|end|> as its eos."""
+    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = byte_level, tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=VOCAB,
+        special_tokens=SPECIAL,
+        initial_alphabet=byte_level.alphabet(),
+        show_progress=False,
+    )
+    words = " one two three four five six seven eight nine ten"
+    tokenizer.train_from_iterator([words] * 20, trainer)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    config = {"eos_token": "<|end|>"} | config
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def story_ids(directory):
+    ids = load_tokenizer(directory).encode(STORY)
+    assert len(set(ids)) == len(ids) == 20  # ten words, a space, and the nine bytes of é€😀
+    return ids
+
+
+def story_successors(directory):
+    """The id after each id: a prompt's last token leads into the story, the story to <|end|>."""
+    ids = story_ids(directory)
+    after = torch.full((VOCAB,), ids[0])
+    after[ids] = torch.tensor([*ids[1:], END])
+    return after
+
+
+def save_story(directory):
+    """A one-layer llama of one-hot embeddings: attention and feed-forward add 0, and the output
+    layer gives the next token of the story a logit of about 20, every other token 0."""
+    save_tokenizer(directory)
+    config = {
+        "model_type": "llama",
+        "vocab_size": VOCAB,
+        "hidden_size": VOCAB,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 128,
+        "eos_token_id": END,
+    }
+    (directory / "config.json").write_text(json.dumps(config))
+    layer, square = "model.layers.0.", torch.zeros(VOCAB, VOCAB)
+    head = square.clone()
+    head[story_successors(directory), torch.arange(VOCAB)] = 1.0
+    tensors = {
+        "model.embed_tokens.weight": torch.eye(VOCAB),
+        "model.norm.weight": torch.ones(VOCAB),
+        "lm_head.weight": head,
+        layer + "input_layernorm.weight": torch.ones(VOCAB),
+        layer + "post_attention_layernorm.weight": torch.ones(VOCAB),
+        layer + "mlp.gate_proj.weight": torch.zeros(8, VOCAB),
+        layer + "mlp.up_proj.weight": torch.zeros(8, VOCAB),
+        layer + "mlp.down_proj.weight": torch.zeros(VOCAB, 8),
+    }
+    tensors |= {layer + f"self_attn.{x}_proj.weight": square.clone() for x in "qkvo"}
+    save_file(tensors, directory / "model.safetensors")
+
+
+def save_story_speculator(directory, after):
+    """A speculator whose heads ignore the state and draft `after` [V] of the last token."""
+    directory.mkdir()
+    config = {
+        "model_type": "mlp_speculator",
+        "emb_dim": VOCAB,
+        "inner_dim": VOCAB,
+        "n_predict": 3,
+        "vocab_size": VOCAB,
+        "tie_weights": True,
+    }
+    (directory / "config.json").write_text(json.dumps(config))
+    head = torch.zeros(VOCAB, VOCAB)
+    head[after, torch.arange(VOCAB)] = 1.0
+    tensors = {
+        "emb.0.weight": torch.eye(VOCAB),
+        "head.0.weight": head,
+        "ln.0.weight": torch.ones(VOCAB),
+        "ln.0.bias": torch.zeros(VOCAB),
+        "proj.0.weight": torch.zeros(VOCAB, VOCAB),
+        "proj.1.weight": torch.zeros(VOCAB, VOCAB),
+    }
+    save_file(tensors, directory / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def dirs(tmp_path_factory):
+    """Every checkpoint of this module; `bare` is `random` without tokenizer files."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    d = SimpleNamespace(**{name: root / name for name in ("random", "bare", "story", "draft")})
+    d.right, d.partly = root / "right", root / "partly"
+    tiny_llama(d.random, vocab_size=VOCAB, max_position_embeddings=256)
+    shutil.copytree(d.random, d.bare)
+    save_tokenizer(d.random, chat_template=TEMPLATE)
+    tiny_speculator(d.draft, vocab_size=VOCAB)
+    d.story.mkdir()
+    save_story(d.story)
+    after = story_successors(d.story)
+    save_story_speculator(d.right, after)
+    after[story_ids(d.story)[::3]] = USER  # every third draft is wrong
+    save_story_speculator(d.partly, after)
+    return d
+
+
+@pytest.fixture
+def copy(dirs, tmp_path):
+    """Makes a copy of a checkpoint, with keys of its JSON files changed or added."""
+
+    def make(name, **files):
+        directory = tmp_path / name
+        shutil.copytree(getattr(dirs, name), directory)
+        for stem, values in files.items():
+            file = directory / f"{stem}.json"
+            old = json.loads(file.read_text()) if file.exists() else {}
+            file.write_text(json.dumps(old | values))
+        return directory
+
+    return make
+
+
+def load(directory, speculator=None, k=None, **options):
+    config = speculator and {"model": str(speculator), "num_speculative_tokens": k}
+    return LLM(directory, config, dtype="float32", device="cpu", **options)
+
+
+@pytest.fixture(scope="module")
+def llms(dirs):
+    """The story told plainly, by right drafts and by partly right ones: {name: LLM}."""
+    return {
+        "plain": load(dirs.story),
+        "right": load(dirs.story, dirs.right),
+        "partly": load(dirs.story, dirs.partly),
+        "partly, k = 1": load(dirs.story, dirs.partly, 1),
+    }
+
+
+@pytest.fixture(params=["plain", "right", "partly", "partly, k = 1"])
+def llm(llms, request):
+    return llms[request.param]
+
+
+def greedy(**options):
+    return SamplingParams(**({"temperature": 0, "max_tokens": 60} | options))
+
+
+def answer(llm, prompt="Q", params=None):
+    return llm.generate(prompt, params or greedy())[0].outputs[0]
+
+
+# ---- prompts and parameters of the Python API ----
+
+
+def test_the_story_is_told(llm):
+    """The checkpoint made by hand does what the tests below rely on."""
+    out = answer(llm)
+    assert (out.text, out.finish_reason) == (STORY, "stop")
+    assert out.token_ids[-1] == END
+
+
+def test_one_prompt_or_many_as_text_or_ids(dirs):
+    """All forms of the same prompts give the same answers, in the order of the prompts."""
+    llm = load(dirs.random, batch_size=2)
+    texts = [" one two", "three", " ten ten ten"]
+    ids = [llm.tokenizer.encode(text) for text in texts]
+    outputs = llm.generate(texts, greedy(max_tokens=9))
+    assert [o.prompt for o in outputs] == texts
+    assert [o.prompt_token_ids for o in outputs] == ids
+    answers = [o.outputs[0] for o in outputs]
+    assert len({a.text for a in answers}) == 3
+    assert [o.outputs[0] for o in llm.generate(ids, greedy(max_tokens=9))] == answers
+    for text, prompt, expected in zip(texts, ids, answers, strict=True):
+        assert answer(llm, text, greedy(max_tokens=9)) == expected
+        assert answer(llm, prompt, greedy(max_tokens=9)) == expected
+    assert llm.generate([texts[0], ids[1]], greedy(max_tokens=9))[1].outputs[0] == answers[1]
+    assert llm.generate(ids)[0].prompt is None
+    assert llm.generate([]) == []
+
+
+def test_each_prompt_may_have_its_own_params(llm):
+    params = [greedy(max_tokens=3), greedy(stop=" four"), greedy(stop_token_ids=[END])]
+    first, second, third = (o.outputs[0] for o in llm.generate(["Q"] * 3, params))
+    assert (first.text, first.finish_reason) == (" one two three", "length")
+    assert (second.text, second.finish_reason) == (" one two three", "stop")
+    assert (third.text, third.finish_reason) == (STORY, "stop")
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_another_number_of_params_than_prompts_is_refused(llms, count):
+    with pytest.raises(ValueError, match=rf"^2 prompts, but {count} SamplingParams$"):
+        llms["plain"].generate(["Q", "Q"], [greedy()] * count)
+
+
+def test_params_default_to_those_of_vllm(llms):
+    """No params: 16 tokens at temperature 1, where the story is next to certain."""
+    assert len(answer(llms["plain"], "Q", SamplingParams()).token_ids) == 16
+    assert llms["plain"].generate("Q")[0].outputs[0].finish_reason == "length"
+
+
+def test_a_checkpoint_without_tokenizer_takes_ids(dirs):
+    """The ids are those that the same weights give beside a tokenizer; there is just no text."""
+    bare, full = load(dirs.bare), load(dirs.random)
+    params = greedy(max_tokens=12)
+    out = answer(bare, [3, 4, 5], params)
+    assert out.token_ids == answer(full, [3, 4, 5], params).token_ids
+    assert (out.text, out.finish_reason) == ("", "length")
+    with pytest.raises(ValueError, match=r"has no tokenizer files: give token ids, not text$"):
+        bare.generate("Q")
+    with pytest.raises(ValueError, match=r"has no tokenizer files: stop strings need one$"):
+        bare.generate([3, 4], greedy(stop="x"))
+
+
+@pytest.mark.parametrize("bad", [VOCAB, -1, 10**12, 1.5, None])
+def test_what_is_no_token_id_is_refused(llms, bad):
+    with pytest.raises(ValueError, match=rf"^prompt 1: {bad} is not a token id of 0\.\.399$"):
+        llms["plain"].generate([[1, 2], [1, bad]])
+
+
+def test_an_empty_prompt_is_refused(llms):
+    for prompt in ("", [[]]):
+        with pytest.raises(ValueError, match=r"^prompt 0 is empty$"):
+            llms["plain"].generate(prompt)
+
+
+@pytest.mark.parametrize("speculative", [False, True])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_seeds(dirs, speculative, temperature):
+    """A fixed seed repeats, an absent one is fresh for each request, and greedy ignores both."""
+    llm = load(dirs.random, dirs.draft if speculative else None, batch_size=2)
+
+    def two(seed):
+        params = SamplingParams(temperature=temperature, seed=seed, max_tokens=24)
+        return [o.outputs[0].token_ids for o in llm.generate([[5, 6]] * 2, params)]
+
+    assert two(3) == two(3)
+    assert two(3)[0] == two(3)[1]
+    assert (two(None)[0] == two(None)[1]) is (temperature == 0)
+    assert (two(3) == two(4)) is (temperature == 0)
+    for seed in (-1, 2**63 - 1, 2**70):
+        assert two(seed) == two(seed)
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0.0}, {"temperature": 0.9, "top_p": 0.9}])
+def test_texts_do_not_depend_on_speculation_or_batch(dirs, options):
+    """The whole path, text and ids: plain, 1 and 3 drafts, one row, two, and one for each."""
+    prompts = [" one", " two three", " nine nine", "x", "Hello"]
+    common = options | {"ignore_eos": True}
+    params = [SamplingParams(max_tokens=20 + i, seed=i, **common) for i in range(5)]
+    variants = [(None, None, 1), (dirs.draft, 1, 2), (dirs.draft, 3, 5), (dirs.draft, 0, 2)]
+    answers = [
+        [o.outputs[0] for o in load(dirs.random, s, k, batch_size=b).generate(prompts, params)]
+        for s, k, b in variants
+    ]
+    assert answers[1:] == answers[:1] * 3
+    assert [len(a.token_ids) for a in answers[0]] == [20, 21, 22, 23, 24]
+
+
+# ---- ends ----
+
+
+@pytest.mark.parametrize(
+    ("stop", "text"),
+    [
+        (" seven", STORY[: STORY.index(" seven")]),
+        (" one", ""),
+        ("ve é", STORY[: STORY.index("ve é")]),
+        ("é€", STORY[: STORY.index("é")]),
+        ("€", STORY[: STORY.index("€")]),
+        ("four five é€😀 six", STORY[: STORY.index("four")]),
+        ([" ten", "e four", "six"], STORY[: STORY.index("e four")]),
+        (["seven", "six seven"], STORY[: STORY.index("six")]),
+        (["two three four", "three"], STORY[: STORY.index("three")]),
+        (["three fox", " sixty", "eight nine ten."], STORY),
+        ("n ten", STORY),
+        ("e ten", STORY[: STORY.index("e ten")]),
+        ("ten", STORY[: STORY.index("ten")]),
+    ],
+)
+def test_stop_strings(llm, stop, text):
+    """Cut before the first of them, though they span tokens and steps; half of one is text. The
+    ids end with the token that completed it, whatever the speculator. Nothing of it is streamed.
+    """
+    params = greedy(stop=stop)
+    out = answer(llm, "Q", params)
+    assert (out.text, out.finish_reason) == (text, "stop")
+    decode, stops = llm.tokenizer.decode, params.stop
+    if text != STORY:
+        assert any(s in decode(out.token_ids) for s in stops)
+        assert not any(s in decode(out.token_ids[:-1]) for s in stops)
+    pieces = [piece for _, piece, _ in llm.stream("Q", params)]
+    assert "".join(pieces) == text
+
+
+def test_a_stop_string_that_is_not_met_ends_with_length(llm):
+    out = answer(llm, "Q", greedy(stop="two one", max_tokens=5))
+    assert (out.text, out.finish_reason) == (" one two three four five", "length")
+
+
+def test_held_back_text_comes_out_at_the_end(llm):
+    """The beginning of a stop string is held back while it may become one, and no longer."""
+    params = greedy(stop=["five or six", " fivefold"], max_tokens=5)
+    pieces = [piece for _, piece, _ in llm.stream("Q", params)]
+    assert "".join(pieces) == " one two three four five"
+    assert pieces[-1].endswith(" five")
+
+
+def test_a_row_is_used_again_after_a_stop_string(llms):
+    """What a row still emits for the ended request goes to nobody: one row, many requests."""
+    prompts, params = ["Q", " two", "Q"] * 3, [greedy(stop=s) for s in (" four", "é", " ten")] * 3
+    for llm in llms.values():
+        texts = [o.outputs[0].text for o in llm.generate(prompts, params)]
+        assert texts == 3 * [" one two three", " three four five ", STORY[: -len(" ten")]]
+
+
+def test_stop_token_ids_end_an_answer_and_are_not_text(llm):
+    six = llm.tokenizer.encode(" six")
+    out = answer(llm, "Q", greedy(stop_token_ids=six))
+    assert (out.text, out.finish_reason) == (STORY[: STORY.index(" six")], "stop")
+    assert out.token_ids[-1:] == six
+    assert out.token_ids.count(six[0]) == 1
+
+
+def test_ignore_eos_goes_on(llm):
+    """The story begins again after its end; stop_token_ids still end it."""
+    out = answer(llm, "Q", greedy(ignore_eos=True, max_tokens=42))
+    assert (out.text, out.finish_reason, len(out.token_ids)) == (STORY * 2, "length", 42)
+    out = answer(llm, "Q", greedy(ignore_eos=True, stop_token_ids=[END]))
+    assert (out.text, out.finish_reason) == (STORY, "stop")
+
+
+@pytest.mark.parametrize(
+    ("count", "reason"), [(1, "length"), (2, "length"), (20, "length"), (21, "stop"), (22, "stop")]
+)
+def test_max_tokens(llm, count, reason):
+    """The story has 20 tokens and its end: an end in the last allowed place is still a stop."""
+    out = answer(llm, "Q", greedy(max_tokens=count))
+    assert len(out.token_ids) == min(count, 21)
+    assert out.finish_reason == reason
+    assert STORY.startswith(out.text.rstrip("\ufffd"))
+
+
+def test_max_seq_len_ends_an_answer(dirs):
+    """Prompt and answer together, with and without a speculator."""
+    for speculator in (None, dirs.right):
+        llm = load(dirs.story, speculator, max_seq_len=8)
+        out = answer(llm, "QQQ")
+        assert (len(out.token_ids), out.finish_reason) == (5, "length")
+        with pytest.raises(ValueError, match=r"^prompt 0 has 8 tokens, and max_seq_len 8 leaves"):
+            llm.generate("Q" * 8)
+
+
+def test_end_ids_are_united(dirs, copy):
+    """Those of config.json, generation_config.json and the tokenizer each end an answer."""
+    words = [" four", " six", " nine"]
+    ids = [load_tokenizer(dirs.story).encode(word)[0] for word in words]
+    named = {"config": {"eos_token_id": ids[0]}, "generation_config": {"eos_token_id": ids[1:]}}
+    llm = load(copy("story", **named))
+    assert llm.end_ids == {*ids, END}
+    answers = [o.outputs[0] for o in llm.generate(["Q", *words], greedy())]
+    assert [a.text for a in answers] == [" one two three", " five é€😀", " seven eight", " ten"]
+    assert [a.token_ids[-1] for a in answers] == [*ids, END]
+    assert {a.finish_reason for a in answers} == {"stop"}
+
+
+# ---- streaming ----
+
+
+def test_a_stream_is_the_text_in_whole_characters(llm):
+    """é€😀 come as nine tokens: each is streamed once it is whole, and nothing twice."""
+    parts = list(llm.stream("Q", greedy()))
+    pieces = [piece for _, piece, _ in parts]
+    assert "".join(pieces) == STORY
+    assert not any("\ufffd" in piece for piece in pieces)
+    assert len([piece for piece in pieces if piece]) > 4
+    assert [output is not None for *_, output in parts] == [False] * (len(parts) - 1) + [True]
+    assert parts[-1][2].outputs[0].text == STORY
+
+
+@pytest.mark.parametrize(
+    ("count", "end"),
+    [
+        (7, " \ufffd"),
+        (8, " é"),
+        (9, " é\ufffd"),
+        (10, " é\ufffd"),
+        (11, " é€"),
+        (12, " é€\ufffd"),
+        (14, " é€\ufffd"),
+        (15, " é€😀"),
+    ],
+)
+def test_a_character_cut_by_max_tokens_is_marked_at_the_end(llm, count, end):
+    """An answer that ends inside a character ends with U+FFFD, in the text and in the stream."""
+    params = greedy(max_tokens=count)
+    pieces = [piece for _, piece, _ in llm.stream("Q", params)]
+    out = answer(llm, "Q", params)
+    assert out.text == "".join(pieces) == " one two three four five" + end
+    assert not any("\ufffd" in piece for piece in pieces[:-1])
+    assert out.text == llm.tokenizer.decode(out.token_ids)
+
+
+def test_several_answers_stream_side_by_side(dirs):
+    """Pieces come with the index of their prompt, and join to what generate gives."""
+    llm = load(dirs.random, dirs.draft, batch_size=2)
+    prompts, params = [" one", " two", " three"], greedy(max_tokens=15, stop="a")
+    texts = [o.outputs[0].text for o in llm.generate(prompts, params)]
+    streamed = [""] * 3
+    for index, piece, _ in llm.stream(prompts, params):
+        streamed[index] += piece
+    assert streamed == texts
+
+
+def test_a_stream_may_be_left_early(llms):
+    """What was under way does not reach the next call."""
+    for llm in llms.values():
+        stream = llm.stream(["Q", "Q"], greedy())
+        next(stream)
+        stream.close()
+        assert answer(llm, " two").text == STORY.removeprefix(" one two")
+
+
+# ---- checkpoints from the hub, dtype ----
+
+
+@pytest.fixture
+def hub(dirs, monkeypatch):
+    """A hub with org/story and org/right; the list of what was asked of it."""
+    asked = []
+
+    def snapshot_download(repo, **options):
+        asked.append((repo, options))
+        return str(getattr(dirs, repo.removeprefix("org/")))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return asked
+
+
+def test_hub_ids_are_fetched_at_their_revisions(hub):
+    config = {"model": "org/right", "revision": "r2", "method": "mlp_speculator"}
+    llm = LLM("org/story", config, revision="r1", dtype="float32", device="cpu")
+    assert [(repo, options["revision"]) for repo, options in hub] == [
+        ("org/story", "r1"),
+        ("org/right", "r2"),
+    ]
+    assert answer(llm).text == STORY
+
+
+def test_only_the_files_that_are_used_are_fetched(hub):
+    load("org/story")
+    options = hub[0][1]
+    used = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json"]
+    used += ["tokenizer.json", "chat_template.jinja", "generation_config.json"]
+    unused = ["pytorch_model.bin", "original/params.json", "onnx/model.safetensors", "README.md"]
+    patterns = {name: options[name] for name in ("allow_patterns", "ignore_patterns")}
+    assert list(filter_repo_objects(used + unused, **patterns)) == used
+
+
+def test_a_local_directory_asks_nothing_of_the_hub(hub, dirs):
+    load(dirs.story, dirs.right)
+    load(str(dirs.story))
+    assert hub == []
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError("401 Client Error\n\nRepository Not Found for url"), "401 Client Error"),
+        (ValueError("  offline  "), "offline"),
+        (TimeoutError(), "TimeoutError"),
+    ],
+)
+def test_a_failure_of_the_hub_is_one_line(monkeypatch, error, said):
+    """Its first line, or its name where it says nothing (as a timed out connection does)."""
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(ValueError, match=rf"^org/story: .* the hub said: {said}[^\n]*$"):
+        load("org/story")
+
+
+@pytest.mark.parametrize("name", ["float32", "float16", "bfloat16"])
+def test_dtype(dirs, name):
+    """Of the weights and the cache."""
+    engine = LLM(dirs.story, dtype=name, device="cpu").engine
+    assert engine.model.embed.weight.dtype == engine.kv.dtype == getattr(torch, name)
+
+
+@pytest.mark.parametrize(("native", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_dtype_auto_on_a_cpu_asks_for_its_instructions(dirs, monkeypatch, native, dtype):
+    for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: native)
+    assert LLM(dirs.story, device="cpu").engine.kv.dtype == dtype
+
+
+# ---- the command line ----
+
+
+def run_main(capsys, *argv):
+    """Exit code, stdout and stderr of main in this process."""
+    options = ["--dtype", "float32", "--device", "cpu"]
+    code = fastspec.main([*options, *map(str, argv)])
+    return code, *capsys.readouterr()
+
+
+def printed(capsys, *argv):
+    """What a run that succeeds prints; its stderr is not of interest."""
+    code, out, err = run_main(capsys, *argv)
+    assert code == 0, err
+    return out
+
+
+def figures(err):
+    """The lines of the summary by their names."""
+    pairs = (re.split(r" {2,}", line, maxsplit=1) for line in err.splitlines() if "  " in line)
+    return dict(pairs)
+
+
+def test_one_answer_is_printed(capsys, dirs):
+    """The text that generate gives, and a line end."""
+    argv = ["--checkpoint", dirs.story, "--speculator", dirs.partly, "--prompt", "Q"]
+    assert printed(capsys, *argv) == STORY + "\n"
+    assert printed(capsys, *argv, "--max-new-tokens", 3) == " one two three\n"
+
+
+def test_several_answers_are_printed_in_order(capsys, dirs):
+    """Also with fewer rows than prompts, which end in another order."""
+    prompts = ["Q", " nine", " two", "Q", " eight"]
+    texts = [STORY, " ten", STORY.removeprefix(" one two"), STORY, " nine ten"]
+    expected = "".join(f">>> {p}\n{t}\n\n" for p, t in zip(prompts, texts, strict=True))
+    argv = ["--checkpoint", dirs.story, "--speculator", dirs.partly, "--prompt", *prompts]
+    for rows in ([], ["--batch-size", 1], ["--batch-size", 2], ["--batch-size", 7]):
+        assert printed(capsys, *argv, *rows) == expected
+
+
+def test_pieces_are_printed_as_they_come(capsys):
+    output = fastspec.RequestOutput(None, [], [fastspec.CompletionOutput("one two")])
+
+    def stream():
+        yield 0, "one", None
+        assert capsys.readouterr().out == "one"
+        yield 0, " two", output
+
+    assert fastspec.show(stream(), ["Q"]) == [output]
+    assert capsys.readouterr().out == " two\n"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["--temperature", 0.8, "--top-p", 0.9, "--seed", 7],
+        ["--temperature", 1.0, "--top-k", 20, "--min-p", 0.02, "--seed", 8],
+    ],
+)
+def test_the_text_is_the_same_without_speculator_and_with_any_number_of_drafts(
+    capsys, dirs, options
+):
+    argv = ["--checkpoint", dirs.random, "--prompt", " one two", "--max-new-tokens", 40, *options]
+    plain = printed(capsys, *argv)
+    assert len(plain) > 20
+    for k in (0, 1, 3):
+        drafts = ["--speculator", dirs.draft, "--num-draft-tokens", k]
+        assert printed(capsys, *argv, *drafts) == plain
+    assert printed(capsys, *argv, "--speculator", dirs.draft) == plain
+
+
+def test_options_reach_the_sampling(capsys, dirs):
+    """A seed repeats, another one or none differs, and top-k 1, a tiny top-p and min-p 1 are
+    greedy at any temperature."""
+    argv = ["--checkpoint", dirs.random, "--prompt", " one two", "--max-new-tokens", 30]
+    best, hot = printed(capsys, *argv), [*argv, "--temperature", 1.5]
+    assert printed(capsys, *hot, "--seed", 1) == printed(capsys, *hot, "--seed", 1)
+    texts = [printed(capsys, *hot, *seed) for seed in (["--seed", 1], ["--seed", 2], [], [])]
+    assert len({best, *texts}) == 5
+    for name, value in (("--top-k", 1), ("--top-p", 1e-9), ("--min-p", 1)):
+        assert printed(capsys, *hot, name, value) == best
+
+
+@pytest.mark.parametrize(
+    ("stop", "text"),
+    [([" seven"], " six"), (["ven", "ight"], " six se"), ([" seven eight n"], " six")],
+)
+def test_stop_strings_end_the_printed_text(capsys, dirs, stop, text):
+    argv = ["--checkpoint", dirs.story, "--speculator", dirs.partly, "--prompt", " five"]
+    start = STORY[STORY.index(" é") : STORY.index(" six")]
+    assert printed(capsys, *argv, "--stop", *stop) == f"{start}{text}\n"
+
+
+def test_max_seq_len_counts_prompt_and_answer(capsys, dirs):
+    argv = ["--checkpoint", dirs.story, "--speculator", dirs.right, "--prompt", "Q"]
+    assert printed(capsys, *argv, "--max-seq-len", 5) == " one two three four\n"
+
+
+def test_the_chat_template_is_used_where_there_is_one(capsys, dirs):
+    """By default and with --chat the prompt is one user turn, with --no-chat it is as it is."""
+    prompt = " one two"
+    argv = ["--checkpoint", dirs.random, "--prompt", prompt, "--max-new-tokens", 20]
+    llm, params = load(dirs.random), greedy(max_tokens=20)
+    turn = [USER, *llm.tokenizer.encode(prompt), ANSWER]
+    as_turn, as_it_is = answer(llm, turn, params).text, answer(llm, prompt, params).text
+    assert as_turn != as_it_is
+    assert printed(capsys, *argv) == printed(capsys, *argv, "--chat") == as_turn + "\n"
+    assert printed(capsys, *argv, "--no-chat") == as_it_is + "\n"
+
+
+def test_profile_writes_a_chrome_trace(capsys, dirs, tmp_path):
+    file = tmp_path / "trace.json"
+    argv = ["--checkpoint", dirs.story, "--prompt", "Q", "--max-new-tokens", 3, "--profile", file]
+    assert printed(capsys, *argv) == " one two three\n"
+    names = {event.get("name") for event in json.loads(file.read_text())["traceEvents"]}
+    assert "aten::argmax" in names
+
+
+def test_summary_with_a_speculator(capsys, dirs):
+    """21 tokens: one by the prefill, then five steps of four, as every draft is right."""
+    argv = ["--checkpoint", dirs.story, "--speculator", dirs.right, "--prompt", "Q"]
+    code, _, err = run_main(capsys, *argv)
+    found = figures(err)
+    assert code == 0
+    assert (found["tokens"], found["tokens per step"]) == ("21", "4.00")
+    assert found["accepted per head"].split() == ["1.00"] * 3
+    assert found["speculator"] == str(dirs.right)
+    assert re.fullmatch(r"\d+\.\d per sequence", found["tokens/s"])
+    assert re.fullmatch(r"\d+ ms", found["time to first token"])
+    assert "no speculator" not in err
+
+
+def test_summary_counts_wrong_drafts(capsys, dirs):
+    """A wrong draft ends what a step emits: the heads' shares fall, and with the root's own token
+    they add up to the tokens per step. The last step ends early, which is worth up to 3 / steps."""
+    argv = ["--checkpoint", dirs.story, "--speculator", dirs.partly, "--prompt", "Q", "Q"]
+    _, _, err = run_main(capsys, *argv)
+    found = figures(err)
+    shares = [float(share) for share in found["accepted per head"].split()]
+    assert found["tokens"] == "42"
+    assert shares == sorted(shares, reverse=True)
+    assert shares[0] < 1
+    assert 1 < float(found["tokens per step"]) <= 1 + sum(shares) + 0.02 < 4
+
+
+def test_summary_without_a_speculator_says_so(capsys, dirs):
+    code, _, err = run_main(capsys, "--checkpoint", dirs.story, "--prompt", "Q", "Q")
+    found = figures(err)
+    assert code == 0
+    assert err.startswith("fastspec: no speculator: plain decoding, one token per step\n")
+    assert (found["tokens"], found["tokens per step"]) == ("42", "1.00")
+    assert found["speculator"] == "none"
+    assert "accepted per head" not in found
+
+
+def test_without_arguments_the_demo_checkpoint_answers(capsys, dirs, monkeypatch):
+    monkeypatch.setattr(fastspec, "demo_checkpoint", lambda: dirs.story)
+    assert printed(capsys) == STORY + "\n"
+
+
+def test_revisions_reach_the_hub(capsys, hub):
+    argv = ["--checkpoint", "org/story", "--revision", "r1", "--speculator", "org/right"]
+    assert printed(capsys, *argv, "--speculator-revision", "r2", "--prompt", "Q") == STORY + "\n"
+    assert [options["revision"] for _, options in hub] == ["r1", "r2"]
+
+
+def run_script(*argv):
+    """`python fastspec.py ...` in a process of its own."""
+    command = [sys.executable, "fastspec.py", *map(str, argv)]
+    env = os.environ | {"PYTHONIOENCODING": "utf-8"}
+    return subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, encoding="utf-8")
+
+
+def test_as_a_script(dirs):
+    """Text on stdout and nothing else there, the summary on stderr."""
+    argv = ["--checkpoint", dirs.story, "--speculator", dirs.partly, "--prompt", "Q"]
+    done = run_script(*argv, "--dtype", "float32", "--device", "cpu")
+    assert (done.returncode, done.stdout) == (0, STORY + "\n"), done.stderr
+    assert figures(done.stderr)["tokens"] == "21"
+
+
+@pytest.mark.demo
+def test_the_demo_model_speaks_english():
+    done = run_script("--max-new-tokens", 16)
+    assert done.returncode == 0, done.stderr
+    words = re.findall(r"[a-z]+", done.stdout.lower())
+    assert len(words) > 7
+    assert {"the", "is", "of", "a"} & set(words)
+    assert "fastspec: no speculator: plain decoding, one token per step" in done.stderr
+    assert figures(done.stderr)["tokens"] == "16"
+
+
+# ---- errors ----
+
+
+def test_a_failed_script_prints_one_line_and_no_traceback(tmp_path):
+    done = run_script("--checkpoint", tmp_path / "nowhere")
+    assert (done.returncode, done.stdout) == (1, "")
+    where = re.escape(str(tmp_path / "nowhere"))
+    assert re.fullmatch(rf"fastspec: {where}: no such directory, [^\n]*\n", done.stderr)
+
+
+def assert_one_line(result, message):
+    code, out, err = result
+    assert (code, out) == (1, "")
+    assert re.fullmatch(rf"fastspec: [^\n]*(?:{message})[^\n]*\n", err), err
+
+
+BAD_OPTIONS = {
+    "temperature below 0": (["--temperature", -1], "temperature -1.0 is out of range"),
+    "top_p 0": (["--top-p", 0], "top_p 0.0 is out of range"),
+    "top_k below -1": (["--top-k", -2], "top_k -2 is out of range"),
+    "min_p above 1": (["--min-p", 1.1], "min_p 1.1 is out of range"),
+    "no new tokens": (["--max-new-tokens", 0], "max_tokens 0 is out of range"),
+    "empty stop string": (["--stop", ""], "stop holds an empty string"),
+    "more drafts than heads": (
+        ["--num-draft-tokens", 4],
+        "cannot draft 4 tokens: speculator .*right has 3 heads",
+    ),
+    "drafts below 0": (["--num-draft-tokens", -1], "cannot draft -1 tokens"),
+    "longer than the model's context": (
+        ["--max-seq-len", 129],
+        "max_seq_len 129 exceeds the model's context of 128",
+    ),
+    "cache larger than memory": (
+        ["--batch-size", 10**9],
+        r"a KV cache of \d{6}\.\d GB do not fit into [\d.]+ GB; a lower max_seq_len or batch_size",
+    ),
+    "batch below 0": (["--batch-size", -1], "batch.size"),
+    "context below 0": (["--max-seq-len", -10], "max.seq.len"),
+    "empty prompt": (["--prompt", "Q", ""], "prompt 1 is empty"),
+    "prompt beyond the context": (
+        ["--prompt", "Q" * 128],
+        "prompt 0 has 128 tokens, and max_seq_len 128 leaves no room for an answer",
+    ),
+    "prompt beyond max_seq_len": (
+        ["--prompt", "Q" * 10, "--max-seq-len", 10],
+        "prompt 0 has 10 tokens, and max_seq_len 10 leaves no room for an answer",
+    ),
+    "chat without a template": (["--chat"], "this checkpoint has no chat template; use --no-chat"),
+    "profile in no directory": (["--profile", "/nowhere/trace.json"], "/nowhere/trace.json"),
+    "checkpoint in no directory": (
+        ["--checkpoint", "/nowhere/at/all"],
+        r"/nowhere/at/all: no such directory, and not a hub id \(owner/name\)",
+    ),
+    "speculator in no directory": (["--speculator", "/nowhere/at/all"], "/nowhere/at/all: no such"),
+}
+
+
+@pytest.mark.parametrize(("argv", "message"), BAD_OPTIONS.values(), ids=BAD_OPTIONS)
+def test_a_bad_option_is_one_line(capsys, dirs, argv, message):
+    """That names the thing: exit code 1, nothing on stdout, no traceback."""
+    base = ["--checkpoint", dirs.story, "--speculator", dirs.right]
+    assert_one_line(run_main(capsys, *base, *argv), message)
+
+
+def test_an_error_without_a_speculator_is_one_line_too(capsys, dirs):
+    result = run_main(capsys, "--checkpoint", dirs.story, "--prompt", "")
+    assert_one_line(result, "prompt 0 is empty")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, so --device cuda works")
+def test_a_device_that_is_not_there_is_one_line(capsys, dirs):
+    assert_one_line(run_main(capsys, "--checkpoint", dirs.story, "--device", "cuda"), "(?i:cuda)")
+
+
+def test_a_failure_of_the_hub_is_one_line_of_main(capsys, monkeypatch):
+    def fail(*_, **__):
+        raise OSError("no connection\nsecond line")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    result = run_main(capsys, "--checkpoint", "org/story")
+    assert_one_line(result, "org/story: no such directory, and the hub said: no connection")
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("story", {"config": {"model_type": "gpt2"}}, "model_type 'gpt2' is not supported"),
+        ("story", {"config": {"hidden_size": None}}, "hidden_size is missing"),
+        ("right", {"config": {"emb_dim": 64}}, "expects hidden width 64, target .*story has 400$"),
+        (
+            "right",
+            {"config": {"vocab_size": 401}},
+            "expects vocabulary 401, target .*story has 400",
+        ),
+        (
+            "right",
+            {"config": {"emb_dim": 64, "base_model_name_or_path": "org/large"}},
+            "expects hidden width 64, .* has 400; it names org/large as its target",
+        ),
+        ("right", {"config": {"model_type": "llama"}}, "model_type 'llama' is not a speculator"),
+        (
+            "story",
+            {"generation_config": {"eos_token_id": list(range(10, 27))}},
+            "18 end ids; at most 16 are supported",
+        ),
+        ("story", {"tokenizer_config": {"eos_token": "<none>"}}, "has no token .*<none>"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_one_line(capsys, dirs, copy, name, changes, message):
+    """Whichever of target (story) and speculator (right) it is."""
+    changed = {"story": dirs.story, "right": dirs.right} | {name: copy(name, **changes)}
+    argv = ["--checkpoint", changed["story"], "--speculator", changed["right"]]
+    assert_one_line(run_main(capsys, *argv), message)
+
+
+@pytest.mark.parametrize("name", ["story", "right"])
+def test_a_directory_without_config_is_one_line(capsys, dirs, copy, name):
+    directory = copy(name)
+    (directory / "config.json").unlink()
+    changed = {"story": dirs.story, "right": dirs.right} | {name: directory}
+    argv = ["--checkpoint", changed["story"], "--speculator", changed["right"]]
+    assert_one_line(run_main(capsys, *argv), f"{directory}/config.json: no such file")
+
+
+def test_text_for_a_checkpoint_without_tokenizer_is_one_line(capsys, dirs):
+    argv = ["--checkpoint", dirs.bare, "--speculator", dirs.draft]
+    message = "this checkpoint has no tokenizer files: give token ids, not text"
+    assert_one_line(run_main(capsys, *argv), message)
+
+
+def test_a_tokenizer_larger_than_the_model_is_one_line(capsys, tmp_path):
+    """Its ids beyond the model's vocabulary are refused, not looked up."""
+    tiny_llama(tmp_path / "target", vocab_size=97)
+    tiny_speculator(tmp_path / "draft", vocab_size=97)
+    save_tokenizer(tmp_path / "target")
+    argv = ["--checkpoint", tmp_path / "target", "--speculator", tmp_path / "draft"]
+    capsys.readouterr()  # of saving
+    result = run_main(capsys, *argv, "--prompt", " one")
+    assert_one_line(result, r"prompt 0: \d+ is not a token id of 0\.\.96")
+
+
+def test_nothing_is_read_before_the_checks(capsys, dirs, copy, monkeypatch):
+    """What does not fit is found without the weights, which may take minutes to read."""
+    monkeypatch.setattr(fastspec, "load_model", lambda *_: pytest.fail("read weights"))
+    base = ["--checkpoint", dirs.story, "--speculator"]
+    assert run_main(capsys, *base, copy("right", config={"vocab_size": 9}))[0] == 1
+    assert run_main(capsys, *base, dirs.right, "--batch-size", 10**9)[0] == 1
+    assert run_main(capsys, *base, dirs.right, "--max-seq-len", 129)[0] == 1
+    assert run_main(capsys, *base, dirs.right, "--num-draft-tokens", 4)[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"num_tokens": 3}, r"^speculative_config: num_tokens is not supported; supported: model,"),
+        ({"method": "eagle"}, r"^speculative_config: method 'eagle' is not 'mlp_speculator'$"),
+        ({"model": None}, r"^speculative_config: model is missing$"),
+        ({"num_speculative_tokens": 1.5}, r"^[^\n]*1\.5[^\n]*$"),
+        ({"num_speculative_tokens": "two"}, r"^[^\n]*two[^\n]*$"),
+    ],
+)
+def test_a_bad_speculative_config_is_refused(dirs, config, message):
+    with pytest.raises(ValueError, match=message):
+        LLM(dirs.story, {"model": str(dirs.right)} | config)
+
+
+def test_a_bad_dtype_is_refused(dirs):
+    message = r"^dtype 'int8' is not supported; supported: auto, float32, float16, bfloat16$"
+    with pytest.raises(ValueError, match=message):
+        LLM(dirs.story, dtype="int8")
+
+
+def test_no_row_is_refused(dirs):
+    with pytest.raises(ValueError, match=r"batch.size"):
+        load(dirs.story, batch_size=0)
+
+
+@pytest.mark.parametrize("argv", [["--dtype", "int8"], ["--prompt"], ["--seed", "x"], ["--nope"]])
+def test_options_that_cannot_be_parsed_exit_with_2(capsys, argv):
+    with pytest.raises(SystemExit) as exit:
+        fastspec.main(argv)
+    assert exit.value.code == 2
+    assert argv[0] in capsys.readouterr().err
+
+
+def test_an_interrupt_is_no_traceback(capsys, dirs, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(LLM, "stream", interrupt)
+    code, out, _ = run_main(capsys, "--checkpoint", dirs.story)
+    assert (code, out) == (130, "")
