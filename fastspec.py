@@ -66,10 +66,10 @@ class SamplingParams:
 
     def __post_init__(self):
         in_range = {
-            "temperature": 0 <= self.temperature < float("inf"),
+            "temperature": 0 <= self.temperature <= 1e6,
             "top_p": 0 < self.top_p <= 1,
             "min_p": 0 <= self.min_p <= 1,
-            "top_k": isinstance(self.top_k, int) and self.top_k >= -1,
+            "top_k": isinstance(self.top_k, int) and -1 <= self.top_k < 2**31,
             "max_tokens": isinstance(self.max_tokens, int) and self.max_tokens >= 1,
         }
         for name, good in in_range.items():
@@ -219,6 +219,23 @@ class Engine(nn.Module):
     step starts at that token (the root) and verifies the drafts after it.
     """
 
+    kv: Tensor  # [L, 2, B, K, S, E] keys and values
+    tokens: Tensor  # [B, S] prompt and answer
+    length: Tensor  # [B] committed tokens
+    hidden: Tensor  # [B, D] final-norm state that chose the last token
+    done: Tensor  # [B] rows that have ended, or hold no request
+    request: Tensor  # [B] whose row it is
+    temperature: Tensor  # [B], like the rest of a request's settings
+    top_p: Tensor
+    min_p: Tensor
+    top_k: Tensor
+    seed: Tensor
+    limit: Tensor  # [B] largest length
+    stop_ids: Tensor  # [B, MAX_STOP_IDS], padded with -1
+    result: Tensor  # [B, HEADER + N] what the last step did
+    depth: Tensor  # [N] of the candidates, a chain: node n follows node n - 1
+    ancestors: Tensor  # [N, N] which candidates each one sees
+
     def __init__(
         self,
         model: Transformer,
@@ -227,13 +244,13 @@ class Engine(nn.Module):
         batch_size: int = 1,
         max_seq_len: int = 1024,
         num_draft_tokens: int = 0,
-        compile: bool = False,
+        compiled: bool = False,
     ):
         super().__init__()
         self.model, self.speculator = model, speculator
         self.k = num_draft_tokens if speculator is not None else 0
         self.batch_size, self.max_seq_len = batch_size, max_seq_len
-        self.compile = compile
+        self.compiled = compiled
         weight = model.embed.weight
         nodes, slots = self.k + 1, max_seq_len + self.k + 1
         ints = {"dtype": torch.int64, "device": weight.device}
@@ -253,16 +270,15 @@ class Engine(nn.Module):
             "limit": torch.ones(batch_size, **ints),
             "stop_ids": torch.full((batch_size, MAX_STOP_IDS), -1, **ints),
             "result": torch.zeros(batch_size, HEADER + nodes, **ints),
-            # The candidates are a chain: node n follows node n - 1.
             "depth": torch.arange(nodes, device=weight.device),
             "ancestors": torch.ones(nodes, nodes, dtype=torch.bool, device=weight.device).tril(),
         }
         for name, tensor in state.items():
             self.register_buffer(name, tensor, persistent=False)
         self.step_fn, self.attend = self.decode_step, None
-        if compile:
+        if compiled:
             self.step_fn = torch.compile(self.decode_step, mode="reduce-overhead", fullgraph=True)
-        if compile and weight.is_cuda:
+        if compiled and weight.is_cuda:
             from gpu_kernels import cached_attention  # Triton is there only where torch has a GPU
 
             self.attend = cached_attention
@@ -392,12 +408,12 @@ class Engine(nn.Module):
     @torch.inference_mode()
     def step(self, noisy: bool, filtered: bool) -> Packet:
         """One decode step of all rows; the packet holds what each emitted."""
-        self.step_fn(None if self.compile else int(self.length.max()) - 1, noisy, filtered)
+        self.step_fn(None if self.compiled else int(self.length.max()) - 1, noisy, filtered)
         return self.read_result()
 
     def warm_up(self, noisy: bool) -> None:
         """Compile and capture what a run needs, on a throwaway request in row 0."""
-        if not self.compile or noisy in self.warm:
+        if not self.compiled or noisy in self.warm:
             return
         if self.kv.is_cuda and not self.prefill_graphs:
             self.capture_prefill()
@@ -465,7 +481,7 @@ def decode_loop(engine: Engine, requests: list[Request]) -> Iterator[Event]:
     the host. A result names its row's request: what a row emits after its request ended is dropped.
     """
     noisy = any(r.params.temperature > 0 for r in requests)
-    filtered = noisy and (engine.compile or any(is_filtered(r.params) for r in requests))
+    filtered = noisy and (engine.compiled or any(is_filtered(r.params) for r in requests))
     waiting, free = deque(range(len(requests))), list(range(engine.batch_size))
     running: dict[int, tuple[int, float]] = {}  # row -> (request, start)
     in_flight: deque[tuple[Packet, list[int], bool]] = deque()
@@ -614,7 +630,7 @@ class LLM:
         compile: bool | None = None,
         revision: str | None = None,
     ):
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = choose_device(device)
         directory = local_checkpoint(model, revision)
         config = read_json(directory / "config.json")
         args = ModelArgs.from_config(config)
@@ -649,7 +665,7 @@ class LLM:
             batch_size=batch_size,
             max_seq_len=max_seq_len,
             num_draft_tokens=k,
-            compile=device.type == "cuda" if compile is None else compile,
+            compiled=device.type == "cuda" if compile is None else compile,
         )
 
     def generate(
@@ -666,7 +682,10 @@ class LLM:
         prompts: str | list[str] | list[int] | list[list[int]],
         sampling_params: SamplingParams | list[SamplingParams] | None = None,
     ) -> Iterator[tuple[int, str, RequestOutput | None]]:
-        """As `generate`, piece by piece: (index of the prompt, new text, output when finished)."""
+        """As `generate`, piece by piece: (index of the prompt, new text, output when finished).
+
+        All requests are checked by the call itself, before any of them runs.
+        """
         prompts = as_prompt_list(prompts)
         params = sampling_params or SamplingParams()
         params = params if isinstance(params, list) else [params] * len(prompts)
@@ -688,6 +707,9 @@ class LLM:
             )
             for prompt, request in zip(prompts, requests, strict=True)
         ]
+        return self.run(requests, answers)
+
+    def run(self, requests: list[Request], answers: list[Answer]) -> Iterator:
         for event in decode_loop(self.engine, requests):
             answer = answers[event.request]
             piece = answer.take(event)
@@ -742,9 +764,13 @@ def local_checkpoint(name: str | Path, revision: str | None = None) -> Path:
             ignore_patterns=["*/*"],
         )
     except Exception as error:  # network, permission and naming errors have many types there
-        reason = str(error).strip().splitlines()[0]
+        reason = one_line(error)
         raise ValueError(f"{name}: no such directory, and the hub said: {reason}") from None
     return Path(files)
+
+
+def one_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def end_of_sequence_ids(directory: Path, config: dict, tokenizer: Tokenizer | None) -> set[int]:
@@ -758,6 +784,14 @@ def end_of_sequence_ids(directory: Path, config: dict, tokenizer: Tokenizer | No
         found = source.get("eos_token_id")
         ids |= set(found if isinstance(found, list) else [] if found is None else [found])
     return ids
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device for a --device name; None: CUDA where there is one."""
+    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {name}: torch {torch.__version__} finds no CUDA GPU; use cpu")
+    return device
 
 
 def choose_dtype(name: str, config: dict, device: torch.device) -> torch.dtype:
@@ -801,9 +835,9 @@ def read_speculative_config(
             )
     k = config.get("num_speculative_tokens")
     k = args.n_predict if k is None else k
-    if not 0 <= k <= args.n_predict:
+    if not isinstance(k, int) or isinstance(k, bool) or not 0 <= k <= args.n_predict:
         raise ValueError(
-            f"cannot draft {k} tokens: speculator {directory} has {args.n_predict} heads"
+            f"cannot draft {k!r} tokens: speculator {directory} has {args.n_predict} heads"
         )
     return directory, args, k
 
@@ -879,7 +913,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except (ValueError, OSError, RuntimeError) as error:
-        print(f"fastspec: {str(error).splitlines()[0]}", file=sys.stderr)
+        print(f"fastspec: {one_line(error)}", file=sys.stderr)
         return 1
     return 0
 
@@ -894,6 +928,10 @@ def run(args: argparse.Namespace) -> None:
         stop=args.stop,
         max_tokens=args.max_new_tokens,
     )
+    if args.profile:
+        open(args.profile, "w").close()  # refused now rather than after the run
+    if not args.speculator and (args.num_draft_tokens or args.speculator_revision):
+        raise ValueError("--num-draft-tokens and --speculator-revision need --speculator")
     speculative = None
     if args.speculator:
         speculative = {"model": args.speculator, "revision": args.speculator_revision}
@@ -908,13 +946,14 @@ def run(args: argparse.Namespace) -> None:
         compile=args.compile,
         revision=args.revision,
     )
+    prompts = [chat_ids(llm.tokenizer, text, args.chat) for text in args.prompt]
+    stream = llm.stream(prompts, params)
     if not args.speculator:
         print("fastspec: no speculator: plain decoding, one token per step", file=sys.stderr)
-    if llm.engine.compile:
+    if llm.engine.compiled:
         print("fastspec: compiling the decode step, about a minute unless cached", file=sys.stderr)
-    prompts = [chat_ids(llm.tokenizer, text, args.chat) for text in args.prompt]
     with profiler(args.profile):
-        outputs = show(llm.stream(prompts, params), args.prompt)
+        outputs = show(stream, args.prompt)
     print(summary(outputs, args.speculator), file=sys.stderr)
 
 

@@ -126,10 +126,10 @@ def _read_rope(config: dict) -> tuple[float, RopeScaling | None]:
     if missing := [name for name in RopeScaling.__dataclass_fields__ if name not in rope]:
         raise ValueError(f"config.json: rope type 'llama3' needs {missing[0]}")
     scaling = RopeScaling(
-        **{
-            name: _number(rope, name, kind=field.type)
-            for name, field in RopeScaling.__dataclass_fields__.items()
-        }
+        factor=_number(rope, "factor", kind=float),
+        low_freq_factor=_number(rope, "low_freq_factor", kind=float),
+        high_freq_factor=_number(rope, "high_freq_factor", kind=float),
+        original_max_position_embeddings=_number(rope, "original_max_position_embeddings"),
     )
     if scaling.low_freq_factor >= scaling.high_freq_factor:
         raise ValueError("config.json: low_freq_factor must be below high_freq_factor")
@@ -186,6 +186,8 @@ class Layer(nn.Module):
 
 class Transformer(nn.Module):
     """Llama decoder, a pure function: the KV cache belongs to the caller, who also writes it."""
+
+    inv_freq: Tensor
 
     def __init__(self, args: ModelArgs):
         super().__init__()
@@ -343,7 +345,7 @@ def hf_tensors(model: Transformer) -> dict[str, Tensor]:
         "wqkv": [h * args.head_dim for h in (args.n_heads, args.n_kv_heads, args.n_kv_heads)],
         "w13": [args.ffn_dim, args.ffn_dim],
     }
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, theirs in HF_NAMES.items():
         for i in range(args.n_layers if "{}" in name else 1):
             for kind in ("weight", "bias"):
@@ -386,7 +388,7 @@ def safetensors_files(directory: Path) -> list[Path]:
 
 def read_headers(files: list[Path]) -> dict[str, tuple[Path, torch.Size]]:
     """Tensor name -> (file, shape), from the files' headers alone."""
-    found = {}
+    found: dict[str, tuple[Path, torch.Size]] = {}
     for file in files:
         try:
             with safe_open(file, framework="pt") as shard:

@@ -241,7 +241,7 @@ def _read_headers(directory: Path) -> dict[str, tuple[Path, str, list[int]]]:
         files = sorted({str(name) for name in weight_map.values()})
     if bad := [name for name in files if not name.endswith(".safetensors") or "/" in name]:
         raise ValueError(f"{index}: {bad[0]!r} is not the name of a safetensors file")
-    found = {}
+    found: dict[str, tuple[Path, str, list[int]]] = {}
     for file in [directory / name for name in files]:
         if not file.exists():
             raise ValueError(f"{directory}: {file.name} not found; download it again")

@@ -38,7 +38,7 @@ def engine(model):
     torch._dynamo.utils.counters.clear()
     speculator = fill(MLPSpeculator(SPECULATOR))
     return Engine(
-        model, speculator, num_draft_tokens=3, batch_size=2, max_seq_len=2048, compile=True
+        model, speculator, num_draft_tokens=3, batch_size=2, max_seq_len=2048, compiled=True
     )
 
 
@@ -93,7 +93,7 @@ def test_chain_text_is_bit_identical_to_the_always_wrong_speculator_in_bf16(mode
     torch._dynamo.reset()
     scripted = Scripted(torch.zeros(2, 1024, dtype=torch.int64), ARGS.vocab_size).cuda()
     engine = Engine(
-        model, scripted, num_draft_tokens=3, batch_size=2, max_seq_len=1024, compile=True
+        model, scripted, num_draft_tokens=3, batch_size=2, max_seq_len=1024, compiled=True
     )
     params = SamplingParams(temperature=temperature, top_p=0.95, max_tokens=1000)
     prompts = [prompt(30, seed=1), prompt(7, seed=2)]
