@@ -9,6 +9,9 @@ import torch
 import torch.nn as nn
 from safetensors.torch import save_file
 
+# Tiny models: threads that wait for each other cost more than they give.
+torch.set_num_threads(1)
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # must be set before the first import of triton
 

@@ -8,6 +8,7 @@ speculators that know the story (or two thirds of it), for everything about text
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -35,15 +36,6 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|answer|>{% endif %}"
 )
 REPOSITORY = Path(fastspec.__file__).parent
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tiny models: on a busy machine, threads waiting for each other cost more than they give."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # ---- checkpoints ----
@@ -933,3 +925,29 @@ def test_an_interrupt_is_no_traceback(capsys, dirs, monkeypatch):
     monkeypatch.setattr(LLM, "stream", interrupt)
     code, out, _ = run_main(capsys, "--checkpoint", dirs.story)
     assert (code, out) == (130, "")
+
+
+# ---- README ----
+
+
+def test_the_example_of_the_readme_runs(dirs, monkeypatch, capsys):
+    """As it stands, with its hub ids answered by small checkpoints."""
+    checkpoints = {
+        "meta-llama/Meta-Llama-3-8B-Instruct": dirs.random,
+        "ibm-ai-platform/llama3-8b-accelerator": dirs.draft,
+    }
+    monkeypatch.setattr(fastspec, "local_checkpoint", lambda name, _: checkpoints[name])
+    readme = (REPOSITORY / "README.md").read_text()
+    exec(re.search(r"```python\n(.*?)```", readme, re.DOTALL)[1], {})
+    printed = capsys.readouterr().out
+    assert printed.startswith("The future of AI is ") and len(printed) > 25
+
+
+def test_the_command_of_the_readme_is_accepted():
+    """Its options exist, and lead to the checkpoints that it names."""
+    readme = (REPOSITORY / "README.md").read_text()
+    command = re.search(r"python fastspec\.py (--checkpoint.*?)```", readme, re.DOTALL)[1]
+    args = fastspec.parse_arguments(shlex.split(command.replace("\\\n", " ")))
+    assert args.checkpoint == "meta-llama/Meta-Llama-3-8B-Instruct"
+    assert args.speculator == "ibm-ai-platform/llama3-8b-accelerator"
+    assert args.prompt == ["Write a haiku about memory."]

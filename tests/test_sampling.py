@@ -37,15 +37,6 @@ INT32 = {"dtype": torch.int32}
 BIG = 128256  # the vocabulary of Llama 3
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Small tensors: on a busy machine, threads waiting for each other cost more than they give."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 # ---- noise ----
 
 
