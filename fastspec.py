@@ -9,6 +9,7 @@ Letters in shape comments:
 """
 
 import argparse
+import gc
 import math
 import os
 import re
@@ -16,7 +17,7 @@ import secrets
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -41,19 +42,19 @@ class SamplingParams:
     """How to choose the tokens of one request. Names and defaults are vLLM's.
 
     temperature 0 is greedy; top_k 0 (or -1) and top_p 1 keep every token; min_p keeps tokens of
-    at least that share of the likeliest one's probability. `seed` None draws a fresh one. `stop`
-    strings end the text and are left out of it; `stop_token_ids` end it as the model's own
-    end-of-sequence ids do, which `ignore_eos` switches off.
+    at least that share of the likeliest one's probability. max_tokens None means as many as fit,
+    seed None a fresh one. `stop` strings end the text and are left out of it; `stop_token_ids` end
+    it as the model's own end-of-sequence ids do, which `ignore_eos` switches off.
     """
 
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
-    max_tokens: int = 16
+    max_tokens: int | None = 16
     seed: int | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    stop: str | Sequence[str] | None = None
+    stop_token_ids: Sequence[int] | None = None
     ignore_eos: bool = False
 
     def __new__(cls, *args, **kwargs):
@@ -65,25 +66,32 @@ class SamplingParams:
         return super().__new__(cls)
 
     def __post_init__(self):
-        in_range = {
-            "temperature": 0 <= self.temperature <= 1e6,
-            "top_p": 0 < self.top_p <= 1,
-            "min_p": 0 <= self.min_p <= 1,
-            "top_k": isinstance(self.top_k, int) and -1 <= self.top_k < 2**31,
-            "max_tokens": isinstance(self.max_tokens, int) and self.max_tokens >= 1,
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        stop_ids = self.stop_token_ids or []
+        good = {
+            "temperature": is_number(self.temperature, 0, 1e6),
+            "top_p": is_number(self.top_p, 0, 1) and self.top_p > 0,
+            "min_p": is_number(self.min_p, 0, 1),
+            "top_k": is_integer(self.top_k, -1),
+            "max_tokens": self.max_tokens is None or is_integer(self.max_tokens, 1),
+            "seed": self.seed is None or isinstance(self.seed, int),
+            "stop": all(isinstance(text, str) and text for text in stop),
+            "stop_token_ids": all(is_integer(token, 0) for token in stop_ids),
         }
-        for name, good in in_range.items():
-            if not good:
-                raise ValueError(f"SamplingParams: {name} {getattr(self, name)} is out of range")
-        fixed = {
-            "top_k": max(self.top_k, 0),
-            "stop": [self.stop] if isinstance(self.stop, str) else list(self.stop or []),
-            "stop_token_ids": list(self.stop_token_ids or []),
-        }
-        for name, value in fixed.items():
-            object.__setattr__(self, name, value)
-        if "" in self.stop:
-            raise ValueError("SamplingParams: stop holds an empty string")
+        if bad := [name for name, ok in good.items() if not ok]:
+            value = getattr(self, bad[0])
+            raise ValueError(f"SamplingParams: {bad[0]} {value!r} is out of range")
+        object.__setattr__(self, "top_k", max(self.top_k, 0))
+        object.__setattr__(self, "stop", tuple(stop))
+        object.__setattr__(self, "stop_token_ids", tuple(stop_ids))
+
+
+def is_integer(x, least: int, most: int = 2**31 - 1) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool) and least <= x <= most
+
+
+def is_number(x, least: float, most: float) -> bool:
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and least <= x <= most
 
 
 @dataclass(frozen=True)
@@ -188,7 +196,7 @@ def count_emitted(
 
     draft [B, N-1] holds the candidates after the last token, sampled [B, N] the target's choice
     after each node, stop_ids [B, MAX_STOP_IDS] is padded with -1, room [B] is how many tokens a
-    row may still emit. Returns (emitted [B], accepted drafts [B], stopped [B]).
+    row may still emit. Returns (emitted [B], drafts among them [B], stopped [B]).
 
         draft        7  8  9        accepted = 2: 7 and 8 are what the target chose
         sampled   7  8  5  4        emitted  = 3: 7, 8 and the target's own 5
@@ -197,7 +205,7 @@ def count_emitted(
     is_stop = (sampled[:, :, None] == stop_ids[:, None]).any(-1)  # [B N]
     before_stop = (is_stop.long().cumsum(1) == 0).sum(1)
     emitted = torch.minimum(torch.minimum(accepted, before_stop) + 1, room)
-    return emitted, accepted, before_stop < emitted
+    return emitted, torch.minimum(accepted, emitted), before_stop < emitted
 
 
 Packet = tuple[Tensor, torch.cuda.Event | None]
@@ -213,28 +221,11 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
 
 
 class Engine(nn.Module):
-    """Static decode state on the device, and the two compiled functions that read and write it.
+    """Static decode state on the device, and the compiled step that reads and writes it.
 
     A committed length counts the last token, whose keys and values are not yet in the cache: a
     step starts at that token (the root) and verifies the drafts after it.
     """
-
-    kv: Tensor  # [L, 2, B, K, S, E] keys and values
-    tokens: Tensor  # [B, S] prompt and answer
-    length: Tensor  # [B] committed tokens
-    hidden: Tensor  # [B, D] final-norm state that chose the last token
-    done: Tensor  # [B] rows that have ended, or hold no request
-    request: Tensor  # [B] whose row it is
-    temperature: Tensor  # [B], like the rest of a request's settings
-    top_p: Tensor
-    min_p: Tensor
-    top_k: Tensor
-    seed: Tensor
-    limit: Tensor  # [B] largest length
-    stop_ids: Tensor  # [B, MAX_STOP_IDS], padded with -1
-    result: Tensor  # [B, HEADER + N] what the last step did
-    depth: Tensor  # [N] of the candidates, a chain: node n follows node n - 1
-    ancestors: Tensor  # [N, N] which candidates each one sees
 
     def __init__(
         self,
@@ -257,31 +248,36 @@ class Engine(nn.Module):
         floats = {"dtype": torch.float32, "device": weight.device}
         state = {
             "kv": weight.new_zeros(kv_cache_shape(model.args, batch_size, slots)),
-            "tokens": torch.zeros(batch_size, slots, **ints),
+            "tokens": torch.zeros(batch_size, slots, **ints),  # prompt and answer
             "length": torch.ones(batch_size, **ints),
-            "hidden": weight.new_zeros(batch_size, model.args.dim),
-            "done": torch.ones(batch_size, dtype=torch.bool, device=weight.device),
-            "request": torch.full((batch_size,), -1, **ints),
+            "hidden": weight.new_zeros(batch_size, model.args.dim),  # that chose the last token
+            "done": torch.ones(batch_size, dtype=torch.bool, device=weight.device),  # or empty
+            "request": torch.full((batch_size,), -1, **ints),  # whose row it is
             "temperature": torch.zeros(batch_size, **floats),
             "top_p": torch.ones(batch_size, **floats),
             "min_p": torch.zeros(batch_size, **floats),
             "top_k": torch.zeros(batch_size, **ints),
             "seed": torch.zeros(batch_size, **ints),
-            "limit": torch.ones(batch_size, **ints),
+            "limit": torch.ones(batch_size, **ints),  # largest length
             "stop_ids": torch.full((batch_size, MAX_STOP_IDS), -1, **ints),
-            "result": torch.zeros(batch_size, HEADER + nodes, **ints),
+            "result": torch.zeros(batch_size, HEADER + nodes, **ints),  # of the last step
+            # The candidates are a chain: node n follows node n - 1 and sees all before it.
             "depth": torch.arange(nodes, device=weight.device),
             "ancestors": torch.ones(nodes, nodes, dtype=torch.bool, device=weight.device).tril(),
         }
         for name, tensor in state.items():
             self.register_buffer(name, tensor, persistent=False)
-        self.step_fn, self.attend = self.decode_step, None
+        self.attend = None
         if compiled:
-            self.step_fn = torch.compile(self.decode_step, mode="reduce-overhead", fullgraph=True)
+            self.compiled_step = torch.compile(
+                self.decode_step, mode="reduce-overhead", fullgraph=True
+            )
         if compiled and weight.is_cuda:
             from gpu_kernels import cached_attention  # Triton is there only where torch has a GPU
 
             self.attend = cached_attention
+        self.busy = False  # a decode loop is running
+        self.ahead = int(weight.is_cuda)  # launches queued behind the one whose result is read
         self.packets: list[Packet] = []  # free pinned buffers
         self.prefill_graphs: dict[int, tuple] = {}  # padded size -> see capture_prefill
         self.warm: set[bool] = set()  # which of the plain and the noisy step are compiled
@@ -289,8 +285,8 @@ class Engine(nn.Module):
     # draft, verify, accept, commit
 
     def decode_step(self, live: int | None, noisy: bool, filtered: bool) -> None:
-        """One step of every row over the first `live` slots of the cache (None: all; the compiled
-        step's attention stops at the live length itself). A batch without sampled rows needs no
+        """One step of every row over the first `live` slots of the cache, or all of them (the
+        Triton attention stops at each row's own length). A batch without sampled rows needs no
         noise, one without filters no filtering."""
         kv = self.kv if live is None else self.kv[..., :live, :]
         root = self.length - 1  # [B], the slot and position of the last token
@@ -367,8 +363,8 @@ class Engine(nn.Module):
     def prefill_hidden(self, row: int, prompt: Tensor) -> Tensor:
         """Cache a prompt [P]; returns the hidden state of its last token [1, 1, D].
 
-        A prompt that fits is padded to one of a few captured sizes, a longer one runs eagerly in
-        chunks: no length compiles or captures anything new.
+        A compiled engine on a GPU pads a prompt to one of a few captured sizes; a longer prompt,
+        and any other engine, runs eagerly in chunks: no length compiles or captures anything.
         """
         P = len(prompt)
         for size, (graph, tokens, last_index, rows, last) in self.prefill_graphs.items():
@@ -408,7 +404,10 @@ class Engine(nn.Module):
     @torch.inference_mode()
     def step(self, noisy: bool, filtered: bool) -> Packet:
         """One decode step of all rows; the packet holds what each emitted."""
-        self.step_fn(None if self.compiled else int(self.length.max()) - 1, noisy, filtered)
+        if self.compiled:
+            self.compiled_step(None, noisy, filtered)
+        else:
+            self.decode_step(int(self.length.max()) - 1, noisy, filtered)
         return self.read_result()
 
     def warm_up(self, noisy: bool) -> None:
@@ -417,7 +416,7 @@ class Engine(nn.Module):
             return
         if self.kv.is_cuda and not self.prefill_graphs:
             self.capture_prefill()
-        params = SamplingParams(temperature=float(noisy), max_tokens=self.max_seq_len)
+        params = SamplingParams(temperature=float(noisy), max_tokens=None)
         for _ in range(3):  # compile, capture, replay
             request = Request([0], params, 0, [])
             self.wait(self.prefill(0, -1, request, noisy, noisy))
@@ -432,7 +431,9 @@ class Engine(nn.Module):
             getattr(self, name)[row] = getattr(params, name)
         self.seed[row] = request.seed
         self.request[row] = number
-        self.limit[row] = min(len(request.prompt) + params.max_tokens, self.max_seq_len)
+        self.limit[row] = self.max_seq_len
+        if params.max_tokens is not None:
+            self.limit[row] = min(len(request.prompt) + params.max_tokens, self.max_seq_len)
         stop_ids = request.stop_ids + [-1] * (MAX_STOP_IDS - len(request.stop_ids))
         self.stop_ids[row] = to_device(torch.tensor(stop_ids), self.kv.device)
 
@@ -463,58 +464,64 @@ class Engine(nn.Module):
 
 
 @dataclass
-class Event:
+class Progress:
     """What one step (or the prefill, where accepted is None) gave one request."""
 
     request: int
     tokens: list[int]
-    accepted: int | None
+    accepted: int | None  # drafts among the tokens
     done: bool
     since_start: float  # seconds since the request's prefill began
     cancel: bool = False  # set by the consumer to end the request here
 
 
-def decode_loop(engine: Engine, requests: list[Request]) -> Iterator[Event]:
+def decode_loop(engine: Engine, requests: list[Request]) -> Iterator[Progress]:
     """Run requests through the engine's rows, refilling a row when its request ends.
 
-    One step is always queued behind the one whose result is read, so the device never waits for
+    On a GPU one launch is always queued behind the one whose result is read, so it never waits for
     the host. A result names its row's request: what a row emits after its request ended is dropped.
     """
+    if engine.busy:
+        raise ValueError("this engine is generating already; finish or close that stream first")
     noisy = any(r.params.temperature > 0 for r in requests)
     filtered = noisy and (engine.compiled or any(is_filtered(r.params) for r in requests))
     waiting, free = deque(range(len(requests))), list(range(engine.batch_size))
     running: dict[int, tuple[int, float]] = {}  # row -> (request, start)
     in_flight: deque[tuple[Packet, list[int], bool]] = deque()
-    engine.warm_up(noisy)
+    engine.busy = True
     try:
+        engine.warm_up(noisy)
         while waiting or running:
-            while waiting and free:
+            if waiting and free:
                 row, number = free.pop(0), waiting.popleft()
                 running[row] = (number, time.perf_counter())
                 packet = engine.prefill(row, number, requests[number], noisy, filtered)
                 in_flight.append((packet, [row], True))
-            in_flight.append((engine.step(noisy, filtered), list(running), False))
-            while len(in_flight) > 1:
-                packet, rows, is_prefill = in_flight.popleft()
-                results = engine.wait(packet)
-                for row in rows:
-                    number, emitted, accepted, done, *tokens = results[row]
-                    if row not in running or running[row][0] != number:
-                        continue
-                    since = time.perf_counter() - running[row][1]
-                    accepted = None if is_prefill else accepted
-                    event = Event(number, tokens[:emitted], accepted, bool(done), since)
-                    yield event
-                    if event.cancel and not done:
-                        engine.stop_row(row)
-                    if event.cancel or done:
-                        del running[row]
-                        free.append(row)
+            else:
+                in_flight.append((engine.step(noisy, filtered), list(running), False))
+            if len(in_flight) <= engine.ahead:
+                continue
+            packet, rows, is_prefill = in_flight.popleft()
+            results = engine.wait(packet)
+            for row in rows:
+                number, emitted, accepted, done, *tokens = results[row]
+                if row not in running or running[row][0] != number:
+                    continue
+                since = time.perf_counter() - running[row][1]
+                accepted = None if is_prefill else accepted
+                progress = Progress(number, tokens[:emitted], accepted, bool(done), since)
+                yield progress
+                if progress.cancel and not done:
+                    engine.stop_row(row)
+                if progress.cancel or done:
+                    del running[row]
+                    free.append(row)
     finally:  # also when the consumer stops early
         for row in running:
             engine.stop_row(row)
         for packet, *_ in in_flight:
             engine.wait(packet)
+        engine.busy = False
 
 
 def is_filtered(params: SamplingParams) -> bool:
@@ -542,7 +549,7 @@ class RequestOutput:
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
     steps: int = 0  # decode steps; the first token comes from the prefill
-    accepted_per_head: list[int] = field(default_factory=list)  # of `steps` drafts each
+    accepted_per_head: list[int] = field(default_factory=list)  # of the tokens, one draft a step
     time_to_first_token: float = 0.0  # seconds
     decode_time: float = 0.0  # seconds, first token to last
 
@@ -555,17 +562,19 @@ class Answer:
     """Collects one request's tokens into text: decodes, cuts at stop strings, and holds back what
     may yet become one."""
 
-    def __init__(self, output: RequestOutput, request: Request, tokenizer: Tokenizer | None):
-        self.output, self.request = output, request
-        self.stream = tokenizer.stream() if tokenizer else None
+    def __init__(self, prompt, request: Request, tokenizer: Tokenizer | None, k: int):
+        text = prompt if isinstance(prompt, str) else None
+        self.output = RequestOutput(text, request.prompt, [CompletionOutput()])
+        self.output.accepted_per_head = [0] * k
+        self.request, self.stream = request, tokenizer.stream() if tokenizer else None
         self.shown, self.cut = 0, False
 
-    def take(self, event: Event) -> str:
+    def take(self, progress: Progress) -> str:
         """Add a step's tokens and return the text that is now certain; an ended request gets its
-        finish_reason, and `event.cancel` tells the loop."""
-        self.count(event)
+        finish_reason, and `progress.cancel` tells the loop."""
+        self.count(progress)
         answer = self.output.outputs[0]
-        for token in event.tokens:
+        for token in progress.tokens:
             answer.token_ids.append(token)
             if token in self.request.stop_ids:
                 answer.finish_reason = "stop"
@@ -574,28 +583,29 @@ class Answer:
             if answer.finish_reason:
                 break
         else:
-            answer.finish_reason = "length" if event.done else None
+            answer.finish_reason = "length" if progress.done else None
         if answer.finish_reason and self.stream and not self.cut:
             self.add_text(self.stream.finish())
-        event.cancel = answer.finish_reason is not None
-        held = 0 if event.cancel else self.held_back(answer.text)
+        progress.cancel = answer.finish_reason is not None
+        held = 0 if progress.cancel else self.held_back(answer.text)
         end = max(len(answer.text) - held, self.shown)
         piece, self.shown = answer.text[self.shown : end], end
         return piece
 
-    def count(self, event: Event) -> None:
-        if event.accepted is None:
-            self.output.time_to_first_token = event.since_start
+    def count(self, progress: Progress) -> None:
+        if progress.accepted is None:
+            self.output.time_to_first_token = progress.since_start
             return
         self.output.steps += 1
-        self.output.decode_time = event.since_start - self.output.time_to_first_token
-        for head in range(event.accepted):
+        self.output.decode_time = progress.since_start - self.output.time_to_first_token
+        for head in range(progress.accepted):
             self.output.accepted_per_head[head] += 1
 
     def add_text(self, piece: str) -> None:
         answer, stops = self.output.outputs[0], self.request.params.stop
+        start = max(0, len(answer.text) - max(map(len, stops), default=0))
         answer.text += piece
-        found = [at for stop in stops if (at := answer.text.find(stop)) >= 0]
+        found = [at for stop in stops if (at := answer.text.find(stop, start)) >= 0]
         if found:
             answer.text, answer.finish_reason, self.cut = answer.text[: min(found)], "stop", True
 
@@ -613,9 +623,9 @@ class LLM:
 
     model: a directory, or a hub id (whose needed files are fetched). speculative_config: None, or
     {"model": directory or hub id, "method": "mlp_speculator", "num_speculative_tokens": int,
-    "revision": str}, all but "model" optional. dtype "auto" is the checkpoint's 16-bit type on a
-    GPU; on a CPU bfloat16 where it has matrix instructions for it, else float32. `compile` None
-    means: on a GPU. Raises ValueError for what does not fit, before weights are read.
+    "revision": str}, all but "model" optional. dtype "auto" is float16 or bfloat16 on a
+    GPU, as the checkpoint says; on a CPU bfloat16 where it has instructions for it, else float32.
+    `compile` None means: on a GPU. Raises ValueError for what does not fit before reading weights.
     """
 
     def __init__(
@@ -644,7 +654,7 @@ class LLM:
             )
         if max_seq_len is None:
             max_seq_len = min(args.max_position, DEFAULT_MAX_SEQ_LEN)
-        if batch_size < 1 or max_seq_len < 2:
+        if not (is_integer(batch_size, 1) and is_integer(max_seq_len, 2)):
             raise ValueError(
                 f"batch_size {batch_size} or max_seq_len {max_seq_len} is too small: "
                 "at least 1 row and 2 tokens"
@@ -687,35 +697,25 @@ class LLM:
         All requests are checked by the call itself, before any of them runs.
         """
         prompts = as_prompt_list(prompts)
-        params = sampling_params or SamplingParams()
-        params = params if isinstance(params, list) else [params] * len(prompts)
+        params = SamplingParams() if sampling_params is None else sampling_params
+        params = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         if len(params) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts, but {len(params)} SamplingParams")
-        requests = [
-            self.request(p, s, i) for i, (p, s) in enumerate(zip(prompts, params, strict=True))
-        ]
+        pairs = list(zip(prompts, params, strict=True))
+        requests = [self._request(prompt, p, i) for i, (prompt, p) in enumerate(pairs)]
         answers = [
-            Answer(
-                RequestOutput(
-                    prompt if isinstance(prompt, str) else None,
-                    request.prompt,
-                    [CompletionOutput()],
-                    accepted_per_head=[0] * self.engine.k,
-                ),
-                request,
-                self.tokenizer,
-            )
+            Answer(prompt, request, self.tokenizer, self.engine.k)
             for prompt, request in zip(prompts, requests, strict=True)
         ]
-        return self.run(requests, answers)
+        return self._stream(requests, answers)
 
-    def run(self, requests: list[Request], answers: list[Answer]) -> Iterator:
-        for event in decode_loop(self.engine, requests):
-            answer = answers[event.request]
-            piece = answer.take(event)
-            yield event.request, piece, answer.output if event.cancel else None
+    def _stream(self, requests: list[Request], answers: list[Answer]) -> Iterator:
+        for progress in decode_loop(self.engine, requests):
+            answer = answers[progress.request]
+            piece = answer.take(progress)
+            yield progress.request, piece, answer.output if progress.cancel else None
 
-    def request(self, prompt: str | list[int], params: SamplingParams, number: int) -> Request:
+    def _request(self, prompt: str | list[int], params: SamplingParams, number: int) -> Request:
         """Checked prompt ids, seed and end ids for one prompt."""
         if isinstance(prompt, str):
             if self.tokenizer is None:
@@ -726,7 +726,9 @@ class LLM:
         vocab, room = self.engine.model.args.vocab_size, self.engine.max_seq_len
         if not prompt:
             raise ValueError(f"prompt {number} is empty")
-        if bad := [t for t in prompt if not (isinstance(t, int) and 0 <= t < vocab)]:
+        if not isinstance(prompt, list | tuple):
+            raise ValueError(f"prompt {number} is neither text nor token ids: {prompt!r}")
+        if bad := [t for t in prompt if not is_integer(t, 0, vocab - 1)]:
             raise ValueError(f"prompt {number}: {bad[0]!r} is not a token id of 0..{vocab - 1}")
         if len(prompt) >= room:
             raise ValueError(
@@ -745,14 +747,25 @@ DEFAULT_MAX_SEQ_LEN = 8192
 
 
 def as_prompt_list(prompts) -> list:
-    """One prompt or several, each text or token ids, as a list of prompts."""
-    one = isinstance(prompts, str) or (prompts and isinstance(prompts[0], int))
-    return [prompts] if one else list(prompts)
+    """One prompt or several, each text or token ids (also as tensors or arrays), as a list."""
+    prompts = prompts.tolist() if hasattr(prompts, "tolist") else prompts
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    prompts = [p.tolist() if hasattr(p, "tolist") else p for p in prompts]
+    return [prompts] if prompts and is_integer(prompts[0], -(2**63), 2**63) else prompts
+
+
+CHECKPOINT_FILES = [
+    *("config.json", "generation_config.json", "model.safetensors.index.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"),
+    *("model.safetensors", "model-*.safetensors"),
+]
 
 
 def local_checkpoint(name: str | Path, revision: str | None = None) -> Path:
     """The directory itself, or the snapshot of a hub id: only the files that are used."""
     if (path := Path(name).expanduser()).is_dir():
+        if revision is not None:
+            raise ValueError(f"{name} is a directory here: a revision ({revision}) means nothing")
         return path
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
         raise ValueError(f"{name}: no such directory, and not a hub id (owner/name)")
@@ -760,8 +773,7 @@ def local_checkpoint(name: str | Path, revision: str | None = None) -> Path:
         files = huggingface_hub.snapshot_download(
             str(name),
             revision=revision,
-            allow_patterns=["*.json", "*.safetensors", "*.jinja"],
-            ignore_patterns=["*/*"],
+            allow_patterns=CHECKPOINT_FILES,
         )
     except Exception as error:  # network, permission and naming errors have many types there
         reason = one_line(error)
@@ -787,10 +799,16 @@ def end_of_sequence_ids(directory: Path, config: dict, tokenizer: Tokenizer | No
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The device for a --device name; None: CUDA where there is one."""
-    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {name}: torch {torch.__version__} finds no CUDA GPU; use cpu")
+    """The device for a --device name, made current; None: CUDA where there is one."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ValueError(f"device {name!r} is not supported; supported: cpu, cuda, cuda:N")
+    device = torch.device(name)
+    if device.type == "cuda":
+        if (device.index or 0) >= torch.cuda.device_count():
+            count = torch.cuda.device_count()
+            raise ValueError(f"device {name}: torch {torch.__version__} finds {count} CUDA GPUs")
+        torch.cuda.set_device(device)
     return device
 
 
@@ -845,13 +863,16 @@ def read_speculative_config(
 def check_memory(
     target: ModelArgs, speculator: SpeculatorArgs | None, cache_shape, dtype, device
 ) -> None:
-    """Refuse what cannot fit into the device's memory, before weights are read."""
+    """Refuse what cannot fit into the GPU's free memory or the host's whole memory, before
+    weights are read."""
     with torch.device("meta"):
         modules = [Transformer(target), *([MLPSpeculator(speculator)] if speculator else [])]
     weights = sum(p.numel() for m in modules for p in m.parameters()) * dtype.itemsize
     cache = math.prod(cache_shape) * dtype.itemsize
     if device.type == "cuda":
-        room = torch.cuda.mem_get_info(device)[0]
+        gc.collect()  # an engine that went out of use may still hold its cache
+        idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        room = torch.cuda.mem_get_info(device)[0] + idle
     elif hasattr(os, "sysconf"):
         room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     else:
@@ -859,7 +880,7 @@ def check_memory(
     if weights + cache > room:
         raise ValueError(
             f"weights of {weights / 1e9:.1f} GB and a KV cache of {cache / 1e9:.1f} GB do not fit "
-            f"into {room / 1e9:.1f} GB; a lower max_seq_len or batch_size needs less cache"
+            f"into {room / 1e9:.1f} GB; max_seq_len and batch_size decide the cache's size"
         )
 
 
@@ -879,7 +900,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="fastspec.py",
         description="Generate text with an MLP speculator. Without arguments: the demo model.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add, flag = parser.add_argument, argparse.BooleanOptionalAction
     add("--checkpoint", help="target model: directory or hub id; none: the demo model")
@@ -887,12 +907,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--speculator", help="MLP speculator: directory or hub id; none: plain decoding")
     add("--speculator-revision", help="revision of a speculator from the hub")
     add("--num-draft-tokens", type=int, help="tokens drafted per step; 0: none; unset: all heads")
-    add("--prompt", nargs="+", default=[DEFAULT_PROMPT], help="one or more prompts")
-    add("--max-new-tokens", type=int, default=256, help="tokens per answer")
-    add("--temperature", type=float, default=0.0, help="0 is greedy")
-    add("--top-k", type=int, default=0, help="0 keeps all")
-    add("--top-p", type=float, default=1.0, help="1 keeps all")
-    add("--min-p", type=float, default=0.0, help="0 keeps all")
+    add("--prompt", nargs="+", default=[DEFAULT_PROMPT], help="one or more texts")
+    add("--max-new-tokens", type=int, default=256, help="tokens per answer (256)")
+    add("--temperature", type=float, default=0.0, help="0, the default, is greedy")
+    add("--top-k", type=int, default=0, help="0, the default, keeps all")
+    add("--top-p", type=float, default=1.0, help="1, the default, keeps all")
+    add("--min-p", type=float, default=0.0, help="0, the default, keeps all")
     add("--seed", type=int, help="same seed, same text; unset: a fresh one")
     add("--stop", nargs="+", help="strings that end an answer")
     add("--batch-size", type=int, help="rows decoded together; unset: the prompts, at most 8")
@@ -908,11 +928,16 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     args = parse_arguments(argv)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal may lack a character of the answer
     try:
         run(args)
     except KeyboardInterrupt:
         return 130
-    except (ValueError, OSError, RuntimeError) as error:
+    except BrokenPipeError:  # the reader of a pipe has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
         print(f"fastspec: {one_line(error)}", file=sys.stderr)
         return 1
     return 0
@@ -930,6 +955,8 @@ def run(args: argparse.Namespace) -> None:
     )
     if args.profile:
         open(args.profile, "w").close()  # refused now rather than after the run
+    if args.revision and not args.checkpoint:
+        raise ValueError("--revision needs --checkpoint")
     if not args.speculator and (args.num_draft_tokens or args.speculator_revision):
         raise ValueError("--num-draft-tokens and --speculator-revision need --speculator")
     speculative = None
@@ -948,19 +975,22 @@ def run(args: argparse.Namespace) -> None:
     )
     prompts = [chat_ids(llm.tokenizer, text, args.chat) for text in args.prompt]
     stream = llm.stream(prompts, params)
-    if not args.speculator:
+    if not llm.engine.k:
         print("fastspec: no speculator: plain decoding, one token per step", file=sys.stderr)
     if llm.engine.compiled:
         print("fastspec: compiling the decode step, about a minute unless cached", file=sys.stderr)
     with profiler(args.profile):
         outputs = show(stream, args.prompt)
-    print(summary(outputs, args.speculator), file=sys.stderr)
+    print(summary(outputs, args.speculator if llm.engine.k else None), file=sys.stderr)
 
 
 def demo_checkpoint() -> Path:
     import demo  # its packages are an optional extra
 
-    return demo.prepare()
+    try:
+        return demo.prepare()
+    except RuntimeError as error:
+        raise ValueError(str(error)) from None
 
 
 def chat_ids(tokenizer: Tokenizer | None, prompt: str, chat: bool | None) -> str | list[int]:

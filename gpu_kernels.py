@@ -21,8 +21,9 @@ SPLIT = 64
 def cached_attention(
     q: Tensor, k: Tensor, v: Tensor, kv: Tensor, cached: Tensor, ancestors: Tensor, mask=None
 ) -> Tensor:
-    """Attention [B, N, H, E] of q [B, N, H, E] over the first `cached` [B] slots of the cache
-    kv [2, B, K, S, E], and over the call's own k, v [B, N, K, E] where `ancestors` [N, N] allows.
+    """Attention [B, N, H, E] of q [B, N, H, E] over the first `cached` [B] slots of a contiguous
+    cache kv [2, B, K, S, E], and over the call's own k, v [B, N, K, E] where `ancestors` [N, N]
+    allows.
 
     The call's tokens count as slots cached .. cached + N - 1. `mask` is not needed here.
     """

@@ -280,6 +280,7 @@ def rope_frequencies(args: ModelArgs) -> Tensor:
 
 def rope_angles(positions: Tensor, inv_freq: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cosine and sine [B, N, 1, E] for positions [B, N]; angles in float32."""
+    assert inv_freq.dtype == torch.float32, "model.to(dtype) must leave inv_freq in float32"
     angles = positions[..., None].float() * inv_freq  # [B N E/2]
     angles = torch.cat((angles, angles), dim=-1)[:, :, None]  # [B N 1 E]
     return angles.cos().to(dtype), angles.sin().to(dtype)

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import huggingface_hub
+import numpy as np
 import pytest
 import tokenizers
 import torch
@@ -497,8 +498,9 @@ def test_only_the_files_that_are_used_are_fetched(hub):
     used = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json"]
     used += ["tokenizer.json", "chat_template.jinja", "generation_config.json"]
     unused = ["pytorch_model.bin", "original/params.json", "onnx/model.safetensors", "README.md"]
-    patterns = {name: options[name] for name in ("allow_patterns", "ignore_patterns")}
-    assert list(filter_repo_objects(used + unused, **patterns)) == used
+    unused += ["consolidated.safetensors", "adapter_model.safetensors"]
+    kept = filter_repo_objects(used + unused, allow_patterns=options["allow_patterns"])
+    assert list(kept) == used
 
 
 def test_a_local_directory_asks_nothing_of_the_hub(hub, dirs):
@@ -755,7 +757,7 @@ BAD_OPTIONS = {
     "top_k below -1": (["--top-k", -2], "top_k -2 is out of range"),
     "min_p above 1": (["--min-p", 1.1], "min_p 1.1 is out of range"),
     "no new tokens": (["--max-new-tokens", 0], "max_tokens 0 is out of range"),
-    "empty stop string": (["--stop", ""], "stop holds an empty string"),
+    "empty stop string": (["--stop", ""], r"stop \[''\] is out of range"),
     "more drafts than heads": (
         ["--num-draft-tokens", 4],
         "cannot draft 4 tokens: speculator .*right has 3 heads",
@@ -767,7 +769,7 @@ BAD_OPTIONS = {
     ),
     "cache larger than memory": (
         ["--batch-size", 10**9],
-        r"a KV cache of \d{6}\.\d GB do not fit into [\d.]+ GB; a lower max_seq_len or batch_size",
+        r"a KV cache of \d{6}\.\d GB do not fit into [\d.]+ GB; max_seq_len and batch_size",
     ),
     "batch below 0": (["--batch-size", -1], "batch.size"),
     "context below 0": (["--max-seq-len", -10], "max.seq.len"),
@@ -951,3 +953,57 @@ def test_the_command_of_the_readme_is_accepted():
     assert args.checkpoint == "meta-llama/Meta-Llama-3-8B-Instruct"
     assert args.speculator == "ibm-ai-platform/llama3-8b-accelerator"
     assert args.prompt == ["Write a haiku about memory."]
+
+
+# ---- what users try ----
+
+
+@pytest.mark.parametrize("as_type", [tuple, torch.tensor, np.array])
+def test_ids_may_be_a_tuple_tensor_or_array(dirs, as_type):
+    llm, ids = load(dirs.bare), [5, 6, 7]
+    expected = llm.generate([ids], greedy())[0].outputs[0].token_ids
+    for prompts in (as_type(ids), [as_type(ids)], iter([as_type(ids)])):
+        outputs = llm.generate(prompts, greedy())
+        assert [o.outputs[0].token_ids for o in outputs] == [expected]
+
+
+def test_max_tokens_none_fills_the_context(dirs):
+    output = load(dirs.bare, max_seq_len=40).generate([[5, 6, 7]], greedy(max_tokens=None))[0]
+    assert len(output.outputs[0].token_ids) == 37
+
+
+def test_a_second_stream_is_refused_while_one_is_read(dirs):
+    llm = load(dirs.bare)
+    first = llm.stream([[5, 6]], greedy())
+    next(first)
+    with pytest.raises(ValueError, match="generating already"):
+        llm.generate([[7]], greedy())
+
+
+@pytest.mark.parametrize("device", ["meta", "mps", "gpu", "cuda:99"])
+def test_other_devices_are_refused_by_name(capsys, dirs, device):
+    code = fastspec.main(["--checkpoint", str(dirs.story), "--device", device])
+    err = capsys.readouterr().err
+    assert code == 1 and err.startswith("fastspec: device ") and err.count("\n") == 1
+    assert device in err
+
+
+def test_a_revision_of_a_local_directory_is_refused(dirs):
+    with pytest.raises(ValueError, match=r"is a directory here: a revision \(v1\) means nothing"):
+        load(dirs.story, revision="v1")
+
+
+def test_no_drafts_are_no_speculator(capsys, dirs):
+    argv = ["--checkpoint", dirs.story, "--speculator", dirs.right, "--num-draft-tokens", 0]
+    assert fastspec.main([*map(str, argv), "--device", "cpu", "--prompt", "Q"]) == 0
+    err = capsys.readouterr().err
+    assert "fastspec: no speculator" in err and "speculator           none" in err
+
+
+def test_a_terminal_that_lacks_a_character_gets_a_question_mark(dirs):
+    """The story holds é, € and an emoji; ASCII has none of them."""
+    command = [sys.executable, "fastspec.py", "--checkpoint", str(dirs.story), "--device", "cpu"]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    options = {"cwd": REPOSITORY, "env": environment, "capture_output": True, "text": True}
+    done = subprocess.run([*command, "--prompt", " one"], **options, check=True)
+    assert "five ??? six" in done.stdout

@@ -37,7 +37,9 @@ def greedy(llama_dir):
 
 
 def engine_for(model, speculator=None, k=3, **options):
-    return Engine(model, speculator, num_draft_tokens=k, **({"max_seq_len": 256} | options))
+    engine = Engine(model, speculator, num_draft_tokens=k, **({"max_seq_len": 256} | options))
+    engine.ahead = 1  # as on a GPU
+    return engine
 
 
 def run(engine, prompts, params=None, stop_ids=(), seed=0):
@@ -226,17 +228,32 @@ def test_prompt_longer_than_the_largest_prefill_size(model, speculator, greedy, 
     assert run(engine_for(model, speculator, batch_size=2), PROMPTS)[0] == greedy
 
 
-def test_one_step_is_always_queued_behind_the_one_being_read(model, speculator):
-    """When a result is read, exactly one later step has been launched."""
-    engine, launched, read = engine_for(model, speculator), [], []
-    step, wait = engine.step, engine.wait
-    engine.step = lambda *flags: launched.append(1) or step(*flags)
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_launches_queued_behind_the_result_that_is_read(model, speculator, greedy, ahead):
+    """On a GPU one launch (here: a prefill or a step) is queued when the one before is read."""
+    engine, launched, read = engine_for(model, speculator, batch_size=2), [], []
+    prefill, step, wait = engine.prefill, engine.step, engine.wait
+    engine.ahead = ahead
+    engine.prefill = lambda *args: launched.append("prefill") or prefill(*args)
+    engine.step = lambda *flags: launched.append("step") or step(*flags)
     engine.wait = lambda packet: read.append(len(launched)) or wait(packet)
-    run(engine, PROMPTS[:1], SamplingParams(temperature=0, max_tokens=20))
-    # The n-th result read (0: the prefill's) is read with n + 1 steps launched; at the end the
-    # last one is only drained.
-    assert read[:-1] == list(range(1, len(read)))
-    assert read[-1] == len(launched)
+    assert run(engine, PROMPTS)[0] == greedy
+    assert launched.count("prefill") == len(PROMPTS)
+    # The n-th result is read with n + ahead launches made; what is left at the end is drained.
+    assert read[: len(read) - ahead] == [n + 1 + ahead for n in range(len(read) - ahead)]
+    assert len(read) == len(launched)
+
+
+def test_one_engine_refuses_two_runs_at_a_time(model, speculator, greedy):
+    """They would share rows; once the first is closed, the next one runs."""
+    engine = engine_for(model, speculator)
+    requests = [Request(PROMPTS[0], SamplingParams(temperature=0, max_tokens=9), 0, [])]
+    first = decode_loop(engine, requests)
+    next(first)
+    with pytest.raises(ValueError, match="this engine is generating already"):
+        next(decode_loop(engine, requests))
+    first.close()
+    assert run(engine, PROMPTS)[0] == greedy
 
 
 @pytest.mark.parametrize("noisy", [False, True])
@@ -245,10 +262,9 @@ def test_step_is_one_graph(model, speculator, noisy):
     params = SAMPLED[2] if noisy else SamplingParams(temperature=0, max_tokens=40)
     expected, _, _ = run(engine_for(model, speculator, batch_size=2), PROMPTS[:2], params)
     engine = engine_for(model, speculator, batch_size=2)
-    engine.step_fn = torch.compile(engine.decode_step, fullgraph=True, backend="eager")
-    step = engine.step_fn
-    # As compiled: no live length, hence nothing in the step that depends on a host value.
-    engine.step_fn = lambda live, noisy, filtered: step(None, noisy, filtered)
+    engine.compiled_step = torch.compile(engine.decode_step, fullgraph=True, backend="eager")
+    engine.compiled = True
+    engine.warm = {noisy}
     torch._dynamo.utils.counters.clear()
     tokens, _, _ = run(engine, PROMPTS[:2], params)
     assert tokens == expected
