@@ -32,7 +32,7 @@ from model import ModelArgs, Transformer, kv_cache_shape, load_model, read_json,
 from speculator import MLPSpeculator, SpeculatorArgs, load_speculator
 from tokenizer import Tokenizer, load_tokenizer
 
-# --- requests ------------------------------------------------------------------------------------
+# --- requests ----------------------------------------------------------------------------------
 
 MAX_STOP_IDS = 16
 
@@ -431,9 +431,8 @@ class Engine(nn.Module):
             getattr(self, name)[row] = getattr(params, name)
         self.seed[row] = request.seed
         self.request[row] = number
-        self.limit[row] = self.max_seq_len
-        if params.max_tokens is not None:
-            self.limit[row] = min(len(request.prompt) + params.max_tokens, self.max_seq_len)
+        most = math.inf if params.max_tokens is None else len(request.prompt) + params.max_tokens
+        self.limit[row] = min(most, self.max_seq_len)
         stop_ids = request.stop_ids + [-1] * (MAX_STOP_IDS - len(request.stop_ids))
         self.stop_ids[row] = to_device(torch.tensor(stop_ids), self.kv.device)
 
@@ -853,7 +852,7 @@ def read_speculative_config(
             )
     k = config.get("num_speculative_tokens")
     k = args.n_predict if k is None else k
-    if not isinstance(k, int) or isinstance(k, bool) or not 0 <= k <= args.n_predict:
+    if not is_integer(k, 0, args.n_predict):
         raise ValueError(
             f"cannot draft {k!r} tokens: speculator {directory} has {args.n_predict} heads"
         )

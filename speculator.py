@@ -179,11 +179,12 @@ def load_speculator(
     for name in progress(sorted(found, key=lambda name: found[name][0])):
         file, stored, _ = found[name]
         with safe_open(file, framework="pt") as shard:
-            tensor = shard.get_tensor(stored).to(device, dtype)
-        if id(targets[name]) in filled and not torch.equal(targets[name], tensor):
+            tensor, target = shard.get_tensor(stored), targets[name]
+        if id(target) not in filled:
+            target.copy_(tensor)
+            filled.add(id(target))
+        elif not torch.equal(target, tensor.to(target)):
             raise ValueError(f"{file}: {stored} differs from the tensor it is tied to")
-        targets[name].copy_(tensor)
-        filled.add(id(targets[name]))
     return model.eval().requires_grad_(False)
 
 
