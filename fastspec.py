@@ -804,10 +804,10 @@ def choose_device(name: str | None) -> torch.device:
         raise ValueError(f"device {name!r} is not supported; supported: cpu, cuda, cuda:N")
     device = torch.device(name)
     if device.type == "cuda":
-        if (device.index or 0) >= torch.cuda.device_count():
-            count = torch.cuda.device_count()
+        index, count = device.index or 0, torch.cuda.device_count()
+        if index >= count:
             raise ValueError(f"device {name}: torch {torch.__version__} finds {count} CUDA GPUs")
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(index)
     return device
 
 
