@@ -147,16 +147,16 @@ def _gpt_bigcode_args(config: dict) -> ModelArgs:
 
 
 def _number(
-    config: dict, key: str, default: float | None = None, kind: type = int, most: float = 2**24
+    config: dict, key: str, default: float | None = None, kind: type = int, most: int = 2**24
 ):
-    """A number of the config, above 0 and up to `most`; `default` when it is absent or null."""
+    """An integer of 1 to `most`, or a float above 0; `default` when it is absent or null."""
     value = config.get(key)
     value = default if value is None else value
     if value is None:
         raise ValueError(f"config.json: {key} is missing")
     wrong_type = isinstance(value, bool) or not isinstance(value, (int, kind))
-    if wrong_type or not 0 < value <= most:
-        what = f"an integer of 1 to {most}" if kind is int else f"a number above 0, up to {most:g}"
+    if wrong_type or not 0 < value <= (most if kind is int else 1e30):
+        what = f"an integer of 1 to {most}" if kind is int else "a number above 0, at most 1e30"
         raise ValueError(f"config.json: {key} must be {what}, found {value!r}")
     return kind(value)
 
@@ -173,7 +173,7 @@ def _read_rope(config: dict) -> tuple[float, RopeScaling | None]:
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise ValueError(f"config.json: rope parameters must be an object, found {rope!r}")
-    theta = _number(config | rope, "rope_theta", 10000.0, float, most=1e30)
+    theta = _number(config | rope, "rope_theta", 10000.0, float)
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return theta, None

@@ -359,17 +359,17 @@ def test_other_model_types_are_named(kind):
 
 
 SIZES = ["emb_dim", "inner_dim", "n_predict", "vocab_size"]
-NOT_SIZES = [0, -1, 48.0, "48", True, [48]]
+NOT_SIZES = [0, -1, 48.0, "48", True, [48], 10**9, 2**40, 10**400, math.inf, math.nan]
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
     [(f, v) for f in SIZES for v in NOT_SIZES if (f, v) != ("inner_dim", 0)],
-    ids=repr,
+    ids=lambda value: repr(value)[:12],
 )
-def test_sizes_must_be_positive_integers(field, value):
-    kind = "0 or a positive integer" if field == "inner_dim" else "a positive integer"
-    message = f"config.json: {field} must be {kind}, found {value!r}"
+def test_sizes_must_be_integers_of_a_sane_size(field, value):
+    least, most = int(field != "inner_dim"), 1024 if field == "n_predict" else 2**24
+    message = f"config.json: {field} must be an integer of {least} to {most}, found {value!r}"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         SpeculatorArgs.from_config(CONFIG | {field: value})
 
@@ -383,10 +383,13 @@ def test_missing_fields_are_named(field):
 
 
 @pytest.mark.parametrize(
-    "top_k", [[4, 3], [4, 3, 2, 2], [4, 0, 2], [4, -3, 2], [4, 3.0, 2], 3, [True] * 3], ids=str
+    "top_k",
+    [[4, 3], [4, 3, 2, 2], [4, 0, 2], [4, -3, 2], [4, 3.0, 2], 3, [True] * 3, "432", [4, 3, 1025]],
+    ids=str,
 )
-def test_top_k_must_be_one_positive_integer_per_head(top_k):
-    message = "config.json: top_k_tokens_per_head must be 3 positive integers (n_predict), found "
+def test_top_k_must_be_one_integer_per_head(top_k):
+    message = "config.json: top_k_tokens_per_head must be 3 (n_predict) integers of 1 to 1024, "
+    message += "found "
     with pytest.raises(ValueError, match=f"^{re.escape(message + repr(top_k))}$"):
         SpeculatorArgs.from_config(CONFIG | {"top_k_tokens_per_head": top_k})
 
@@ -419,7 +422,8 @@ def test_a_truncated_file_is_named(keep, copy, monkeypatch):
 
 def test_a_missing_single_file_is_named(copy, monkeypatch):
     (copy / "model.safetensors").unlink()
-    assert_refused(copy, f"{copy}: model.safetensors not found; download it again", monkeypatch)
+    message = f"{copy}: neither model.safetensors nor pytorch_model.bin found; download it again"
+    assert_refused(copy, message, monkeypatch)
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated"])
@@ -441,7 +445,7 @@ BAD_INDEXES = {
     "a_list": ('{"weight_map": ["model.safetensors"]}', f"{INDEX}: weight_map is missing"),
     "not_json": ("{", f"{INDEX}: not valid JSON ("),
     "not_an_object": ("[]", f"{INDEX}: expected a JSON object, found list"),
-    "no_name": ('{"weight_map": {"a": 3}}', f"{INDEX}: '3' is not the name of a safetensors file"),
+    "no_name": ('{"weight_map": {"a": 3}}', f"{INDEX}: '3' is not the name of a .safetensors file"),
     "a_path": ('{"weight_map": {"a": "../x.safetensors"}}', "'../x.safetensors' is not the name"),
 }
 
@@ -496,14 +500,14 @@ def test_a_tied_file_whose_config_does_not_say_so_is_refused(tied, monkeypatch):
     assert_refused(tied, f"{tied}: 9 tensors missing, first emb.1.weight", monkeypatch)
 
 
-OTHER_DTYPES = {"I64": torch.int64, "I8": torch.int8, "BOOL": torch.bool, "F64": torch.float64}
+OTHER_DTYPES = [torch.int64, torch.int8, torch.bool, torch.float64, torch.float8_e4m3fn]
 
 
 @pytest.mark.parametrize("kind", OTHER_DTYPES)
 def test_tensors_of_other_dtypes_are_named(kind, copy, monkeypatch):
     name = "speculator.emb.1.weight"
-    edit_tensors(copy, lambda tensors: tensors.update({name: tensors[name].to(OTHER_DTYPES[kind])}))
-    message = f"{copy / 'model.safetensors'}: {name} is {kind}; supported: F16, BF16, F32"
+    edit_tensors(copy, lambda tensors: tensors.update({name: tensors[name].to(kind)}))
+    message = f"{copy / 'model.safetensors'}: {name} is {kind}; supported: float16, "
     assert_refused(copy, message, monkeypatch)
 
 
