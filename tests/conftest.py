@@ -56,7 +56,8 @@ def tiny_gpt_bigcode(directory: Path, seed: int = 0, **overrides):
     config = GPTBigCodeConfig(**(sizes | ends | {"n_positions": 128} | overrides))
     model = GPTBigCodeForCausalLM(config).eval()
     for name, param in model.named_parameters():
-        nn.init.normal_(param, mean=float("ln" in name and "weight" in name), std=0.3)
+        mean, std = float("ln" in name and "weight" in name), 1.0 if "wpe" in name else 0.3
+        nn.init.normal_(param, mean=mean, std=std)
     model.save_pretrained(directory)
     return model
 
