@@ -498,7 +498,8 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def map_file(file: Path) -> dict[str, Tensor]:
-    """The tensors of a file, mapped into memory: each is read from disk when it is used."""
+    """The tensors of a file, mapped into memory: each is read from disk when it is used, and
+    nothing in the file is executed."""
     try:
         if file.suffix == ".safetensors":
             return load_file(file)

@@ -233,7 +233,6 @@ def _check(where: Path, found: dict, wanted: dict[str, Tensor]) -> None:
             )
 
 
-@torch.no_grad()
 def _copy_tensors(found: dict, targets: dict[str, Tensor], progress: Callable) -> None:
     """Fill the targets one at a time; each must turn out finite, and tied tensors equal."""
     copied: dict[int, Tensor] = {}
@@ -293,7 +292,8 @@ def _weight_files(directory: Path) -> list[Path]:
 
 
 def _map_file(file: Path) -> dict[str, Tensor]:
-    """The tensors of a file, mapped into memory: each is read from disk when it is used."""
+    """The tensors of a file, mapped into memory: each is read from disk when it is used, and
+    nothing in the file is executed."""
     try:
         if file.suffix == ".safetensors":
             return load_file(file)

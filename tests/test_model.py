@@ -537,6 +537,20 @@ def test_lm_head_of_a_tied_checkpoint_is_tolerated_and_not_used(tmp_path):
     assert model.output.weight.data_ptr() == model.embed.weight.data_ptr()
 
 
+def test_memory_is_taken_once_for_each_parameter(tmp_path, monkeypatch):
+    """Tied embeddings are one, of 600 MB in granite-20b-code."""
+    tiny_gpt_bigcode(tmp_path)
+    empty_like, taken = torch.empty_like, []
+
+    def spy(tensor, **options):
+        taken.append(tensor.nbytes)
+        return empty_like(tensor, **options)
+
+    monkeypatch.setattr(torch, "empty_like", spy)
+    model = load_model(tmp_path)
+    assert sum(taken) == sum(p.nbytes for p in model.parameters()) + model.inv_freq.nbytes
+
+
 # --- torch's .bin ------------------------------------------------------------------------------
 
 
