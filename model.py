@@ -1,4 +1,4 @@
-"""Llama-family target model over a static KV cache, loaded from Hugging Face checkpoints.
+"""Target model (llama, gpt_bigcode) over a static KV cache, from Hugging Face checkpoints.
 
 This file needs only torch and safetensors: copy it into another repository as it is.
 
@@ -10,6 +10,8 @@ Letters in shape comments:
 
 import json
 import math
+import pickle
+import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +19,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -50,64 +52,120 @@ class ModelArgs:
     mlp_bias: bool = False
     tie_embeddings: bool = False
     max_position: int = 2048
+    activation: str = "silu"  # of a gated MLP; the GELUs are of a plain one
+    layer_norm: bool = False  # with mean and bias; else RMSNorm
+    learned_positions: bool = False  # a table added to the embeddings; else rope
+    model_type: str = "llama"  # whose names the stored tensors have
 
     @classmethod
     def from_config(cls, config: dict) -> "ModelArgs":
-        """Args from a parsed config.json; defaults are those of transformers' LlamaConfig.
+        """Args from a parsed config.json; defaults are those of transformers' config classes.
 
         Raises ValueError naming the field when it is missing or its value is not supported.
         """
-        if (kind := config.get("model_type")) != "llama":
-            raise ValueError(f"config.json: model_type {kind!r} is not supported; supported: llama")
-        if (act := config.get("hidden_act", "silu")) != "silu":
-            raise ValueError(f"config.json: hidden_act {act!r} is not supported; supported: silu")
-        dim, n_heads = _number(config, "hidden_size"), _number(config, "num_attention_heads")
-        n_kv_heads = _number(config, "num_key_value_heads", n_heads)
-        if n_heads % n_kv_heads:
-            raise ValueError(
-                f"config.json: num_attention_heads {n_heads} is not a multiple of "
-                f"num_key_value_heads {n_kv_heads}"
-            )
-        head_dim = _number(config, "head_dim", dim // n_heads)
-        if head_dim % 2:
-            raise ValueError(f"config.json: head_dim {head_dim} is odd; rope needs pairs")
-        rope_theta, rope_scaling = _read_rope(config)
-        return cls(
-            dim=dim,
-            n_layers=_number(config, "num_hidden_layers"),
-            n_heads=n_heads,
-            n_kv_heads=n_kv_heads,
-            head_dim=head_dim,
-            ffn_dim=_number(config, "intermediate_size"),
-            vocab_size=_number(config, "vocab_size"),
-            norm_eps=_number(config, "rms_norm_eps", 1e-6, float),
-            rope_theta=rope_theta,
-            rope_scaling=rope_scaling,
-            attention_bias=_flag(config, "attention_bias"),
-            mlp_bias=_flag(config, "mlp_bias"),
-            tie_embeddings=_flag(config, "tie_word_embeddings"),
-            max_position=_number(config, "max_position_embeddings", 2048),
+        if (kind := config.get("model_type")) == "llama":
+            return _llama_args(config)
+        if kind == "gpt_bigcode":
+            return _gpt_bigcode_args(config)
+        raise ValueError(
+            f"config.json: model_type {kind!r} is not supported; supported: llama, gpt_bigcode"
         )
 
 
-def _number(config: dict, key: str, default: float | None = None, kind: type = int):
-    """A positive, finite number of the config; `default` when it is absent or null."""
+# A damaged config.json is refused, not built: 10**9 layers would take minutes and all memory.
+MOST_LAYERS = MOST_HEADS = 1024
+
+# GELU by the config's name for it -> torch's. As transformers does, the config is followed even
+# where it is wrong: the first of granite-20b-code said "gelu", later ones "gelu_pytorch_tanh".
+GELUS = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
+
+
+def _llama_args(config: dict) -> ModelArgs:
+    if (act := config.get("hidden_act", "silu")) != "silu":
+        raise ValueError(f"config.json: hidden_act {act!r} is not supported; supported: silu")
+    dim = _number(config, "hidden_size")
+    n_heads = _number(config, "num_attention_heads", most=MOST_HEADS)
+    n_kv_heads = _number(config, "num_key_value_heads", n_heads, most=MOST_HEADS)
+    if n_heads % n_kv_heads:
+        raise ValueError(
+            f"config.json: num_attention_heads {n_heads} is not a multiple of "
+            f"num_key_value_heads {n_kv_heads}"
+        )
+    head_dim = _number(config, "head_dim", dim // n_heads)
+    if head_dim % 2:
+        raise ValueError(f"config.json: head_dim {head_dim} is odd; rope needs pairs")
+    rope_theta, rope_scaling = _read_rope(config)
+    return ModelArgs(
+        dim=dim,
+        n_layers=_number(config, "num_hidden_layers", most=MOST_LAYERS),
+        n_heads=n_heads,
+        n_kv_heads=n_kv_heads,
+        head_dim=head_dim,
+        ffn_dim=_number(config, "intermediate_size"),
+        vocab_size=_number(config, "vocab_size"),
+        norm_eps=_number(config, "rms_norm_eps", 1e-6, float),
+        rope_theta=rope_theta,
+        rope_scaling=rope_scaling,
+        attention_bias=_flag(config, "attention_bias"),
+        mlp_bias=_flag(config, "mlp_bias"),
+        tie_embeddings=_flag(config, "tie_word_embeddings"),
+        max_position=_number(config, "max_position_embeddings", 2048),
+    )
+
+
+def _gpt_bigcode_args(config: dict) -> ModelArgs:
+    gelu = config.get("activation_function", "gelu_pytorch_tanh")
+    if gelu not in list(GELUS):
+        raise ValueError(
+            f"config.json: activation_function {gelu!r} is not supported; "
+            f"supported: {', '.join(GELUS)}"
+        )
+    for key in ("multi_query", "scale_attn_weights"):
+        if not _flag(config, key, True):
+            raise ValueError(f"config.json: {key} false is not supported; supported: true")
+    dim, n_heads = _number(config, "n_embd"), _number(config, "n_head", most=MOST_HEADS)
+    if dim % n_heads:
+        raise ValueError(f"config.json: n_embd {dim} is not a multiple of n_head {n_heads}")
+    return ModelArgs(
+        dim=dim,
+        n_layers=_number(config, "n_layer", most=MOST_LAYERS),
+        n_heads=n_heads,
+        n_kv_heads=1,
+        head_dim=dim // n_heads,
+        ffn_dim=_number(config, "n_inner", 4 * dim),
+        vocab_size=_number(config, "vocab_size"),
+        norm_eps=_number(config, "layer_norm_epsilon", 1e-5, float),
+        attention_bias=True,
+        mlp_bias=True,
+        tie_embeddings=_flag(config, "tie_word_embeddings", True),
+        max_position=_number(config, "n_positions", 1024),
+        activation=gelu,
+        layer_norm=True,
+        learned_positions=True,
+        model_type="gpt_bigcode",
+    )
+
+
+def _number(
+    config: dict, key: str, default: float | None = None, kind: type = int, most: int = 2**24
+):
+    """An integer of 1 to `most`, or a float above 0; `default` when it is absent or null."""
     value = config.get(key)
     value = default if value is None else value
     if value is None:
         raise ValueError(f"config.json: {key} is missing")
     wrong_type = isinstance(value, bool) or not isinstance(value, (int, kind))
-    if wrong_type or not 0 < value < math.inf:
-        name = "integer" if kind is int else "number"
-        raise ValueError(f"config.json: {key} must be a positive {name}, found {value!r}")
+    if wrong_type or not 0 < value <= (most if kind is int else 1e30):
+        what = f"an integer of 1 to {most}" if kind is int else "a number above 0, at most 1e30"
+        raise ValueError(f"config.json: {key} must be {what}, found {value!r}")
     return kind(value)
 
 
-def _flag(config: dict, key: str) -> bool:
+def _flag(config: dict, key: str, default: bool = False) -> bool:
     value = config.get(key)
     if value is not None and not isinstance(value, bool):
         raise ValueError(f"config.json: {key} must be true or false, found {value!r}")
-    return bool(value)
+    return default if value is None else value
 
 
 def _read_rope(config: dict) -> tuple[float, RopeScaling | None]:
@@ -152,7 +210,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rope, kv: Tensor, visible, attend) -> tuple[Tensor, Tensor]:
         B, N, _ = x.shape
         q, k, v = self.wqkv(x).view(B, N, -1, self.head_dim).split(self.heads, dim=2)  # [B N h E]
-        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        if rope is not None:
+            q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         y = attend(q, k, v, kv, *visible)  # [B N H E]
         return self.wo(y.reshape(B, N, -1)), torch.stack((k, v)).transpose(2, 3)  # [2 B K N E]
 
@@ -170,13 +229,31 @@ class MLP(nn.Module):
         return self.w2(F.silu(gate) * up)
 
 
+class PlainMLP(nn.Module):
+    """Feed-forward without a gate."""
+
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.gelu = GELUS[args.activation]
+        self.w1 = nn.Linear(args.dim, args.ffn_dim, bias=args.mlp_bias)
+        self.w2 = nn.Linear(args.ffn_dim, args.dim, bias=args.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(F.gelu(self.w1(x), approximate=self.gelu))
+
+
+def new_norm(args: ModelArgs) -> nn.Module:
+    kind = nn.LayerNorm if args.layer_norm else nn.RMSNorm
+    return kind(args.dim, eps=args.norm_eps)
+
+
 class Layer(nn.Module):
     def __init__(self, args: ModelArgs):
         super().__init__()
-        self.attention_norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
+        self.attention_norm = new_norm(args)
         self.attention = Attention(args)
-        self.mlp_norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
-        self.mlp = MLP(args)
+        self.mlp_norm = new_norm(args)
+        self.mlp = MLP(args) if args.activation == "silu" else PlainMLP(args)
 
     def forward(self, x: Tensor, *context) -> tuple[Tensor, Tensor]:
         y, new_kv = self.attention(self.attention_norm(x), *context)
@@ -185,7 +262,7 @@ class Layer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Llama decoder, a pure function: the KV cache belongs to the caller, who also writes it."""
+    """Decoder, a pure function: the KV cache belongs to the caller, who also writes it."""
 
     inv_freq: Tensor
 
@@ -193,8 +270,10 @@ class Transformer(nn.Module):
         super().__init__()
         self.args = args
         self.embed = nn.Embedding(args.vocab_size, args.dim)
+        if args.learned_positions:
+            self.position_embed = nn.Embedding(args.max_position, args.dim)
         self.layers = nn.ModuleList(Layer(args) for _ in range(args.n_layers))
-        self.norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
+        self.norm = new_norm(args)
         self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
         if args.tie_embeddings:
             self.output.weight = self.embed.weight
@@ -220,8 +299,12 @@ class Transformer(nn.Module):
         among = ancestors.expand(B, -1, -1)
         mask = torch.cat((in_cache.expand(-1, among.shape[1], -1), among), dim=-1)  # [B N S+N]
         mask = mask.repeat(1, self.args.n_heads // self.args.n_kv_heads, 1)  # [B G*N S+N]
-        x, new_kv = self.embed(tokens), []
-        rope = rope_angles(positions, self.inv_freq, x.dtype)
+        x, rope, new_kv = self.embed(tokens), None, []
+        if self.args.learned_positions:
+            # Candidates may stand past the last position; they are never accepted.
+            x = x + self.position_embed(positions.clamp(max=self.args.max_position - 1))
+        else:
+            rope = rope_angles(positions, self.inv_freq, x.dtype)
         for layer, layer_kv in zip(self.layers, kv, strict=True):
             x, layer_new = layer(
                 x, rope, layer_kv, (cached, ancestors, mask), attend or plain_attention
@@ -294,22 +377,41 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 # --- weights -----------------------------------------------------------------------------------
 
-# Our module -> the Hugging Face modules whose tensors fill it, stacked in this order.
-HF_NAMES = {
-    "embed": ("model.embed_tokens",),
-    "layers.{}.attention_norm": ("model.layers.{}.input_layernorm",),
-    "layers.{}.attention.wqkv": (
-        "model.layers.{}.self_attn.q_proj",
-        "model.layers.{}.self_attn.k_proj",
-        "model.layers.{}.self_attn.v_proj",
-    ),
-    "layers.{}.attention.wo": ("model.layers.{}.self_attn.o_proj",),
-    "layers.{}.mlp_norm": ("model.layers.{}.post_attention_layernorm",),
-    "layers.{}.mlp.w13": ("model.layers.{}.mlp.gate_proj", "model.layers.{}.mlp.up_proj"),
-    "layers.{}.mlp.w2": ("model.layers.{}.mlp.down_proj",),
-    "norm": ("model.norm",),
-    "output": ("lm_head",),
+# By model_type: our module -> the Hugging Face modules whose tensors fill it, in this order.
+HF_NAMES: dict[str, dict[str, tuple[str, ...]]] = {
+    "llama": {
+        "embed": ("model.embed_tokens",),
+        "layers.{}.attention_norm": ("model.layers.{}.input_layernorm",),
+        "layers.{}.attention.wqkv": (
+            "model.layers.{}.self_attn.q_proj",
+            "model.layers.{}.self_attn.k_proj",
+            "model.layers.{}.self_attn.v_proj",
+        ),
+        "layers.{}.attention.wo": ("model.layers.{}.self_attn.o_proj",),
+        "layers.{}.mlp_norm": ("model.layers.{}.post_attention_layernorm",),
+        "layers.{}.mlp.w13": ("model.layers.{}.mlp.gate_proj", "model.layers.{}.mlp.up_proj"),
+        "layers.{}.mlp.w2": ("model.layers.{}.mlp.down_proj",),
+        "norm": ("model.norm",),
+        "output": ("lm_head",),
+    },
+    "gpt_bigcode": {
+        "embed": ("transformer.wte",),
+        "position_embed": ("transformer.wpe",),
+        "layers.{}.attention_norm": ("transformer.h.{}.ln_1",),
+        "layers.{}.attention.wqkv": ("transformer.h.{}.attn.c_attn",),
+        "layers.{}.attention.wo": ("transformer.h.{}.attn.c_proj",),
+        "layers.{}.mlp_norm": ("transformer.h.{}.ln_2",),
+        "layers.{}.mlp.w1": ("transformer.h.{}.mlp.c_fc",),
+        "layers.{}.mlp.w2": ("transformer.h.{}.mlp.c_proj",),
+        "norm": ("transformer.ln_f",),
+        "output": ("lm_head",),
+    },
 }
+
+# Ends of the names of buffers that old checkpoints hold and nothing needs.
+OLD_BUFFERS = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
+
+STORED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def load_model(
@@ -318,21 +420,24 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     progress: Callable[[Iterable[str]], Iterable[str]] = iter,
 ) -> Transformer:
-    """Target model from a directory with config.json and safetensors (one file, or shards + index).
+    """Target model from a directory with config.json and weights: safetensors, or if there are
+    none torch's .bin, as one file or as shards with their index.
 
-    Tensors go to `device` one at a time; `progress` may wrap the list of their names. Raises
-    ValueError naming file and tensor when something is missing, unknown, of another shape or cut
-    off; names, shapes and types are all checked before the first weight is read.
+    Files are mapped, not read: tensors go to `device` one at a time, and the host needs room for
+    one. `progress` may wrap the list of their names. Raises ValueError naming file and tensor when
+    something is missing, unknown, of another shape, cut off or not finite; names, shapes and types
+    are all checked before the first weight is read.
     """
     directory = Path(directory)
     args = ModelArgs.from_config(read_json(directory / "config.json"))
-    files = safetensors_files(directory)
     with torch.device("meta"):
         model = Transformer(args).to(dtype)
-    found = read_headers(files)
-    check_names(directory, found, {n: t.shape for n, t in hf_tensors(model).items()}, args)
+    found = map_weights(directory)
+    check_weights(directory, found, hf_tensors(model), args)
+    if args.tie_embeddings:
+        del model.output.weight  # to_empty would give it memory of its own
     model.to_empty(device=device)
-    if args.tie_embeddings:  # to_empty gives each module its own storage
+    if args.tie_embeddings:
         model.output.weight = model.embed.weight
     model.inv_freq = rope_frequencies(args).to(device)
     copy_tensors(found, hf_tensors(model), progress)
@@ -347,11 +452,11 @@ def hf_tensors(model: Transformer) -> dict[str, Tensor]:
         "w13": [args.ffn_dim, args.ffn_dim],
     }
     tensors: dict[str, Tensor] = {}
-    for name, theirs in HF_NAMES.items():
+    for name, theirs in HF_NAMES[args.model_type].items():
         for i in range(args.n_layers if "{}" in name else 1):
             for kind in ("weight", "bias"):
                 if (param := ours.get(f"{name.format(i)}.{kind}")) is not None:
-                    sizes = parts.get(name.rsplit(".")[-1], [len(param)])
+                    sizes = parts[name.rsplit(".")[-1]] if len(theirs) > 1 else [len(param)]
                     pieces = zip(theirs, param.detach().split(sizes), strict=True)
                     tensors |= {f"{their.format(i)}.{kind}": piece for their, piece in pieces}
     return tensors
@@ -370,60 +475,98 @@ def read_json(path: Path) -> dict:
     return value
 
 
-def safetensors_files(directory: Path) -> list[Path]:
-    """The checkpoint's safetensors files, all of them present."""
-    index = directory / "model.safetensors.index.json"
-    if not index.exists():
-        names = ["model.safetensors"]
-    elif not isinstance(weight_map := read_json(index).get("weight_map"), dict):
-        raise ValueError(f"{index}: weight_map is missing")
-    else:
-        names = sorted({str(name) for name in weight_map.values()})
-    if bad := [name for name in names if not name.endswith(".safetensors") or "/" in name]:
-        raise ValueError(f"{index}: {bad[0]!r} is not the name of a safetensors file")
-    files = [directory / name for name in names]
-    if missing := [file.name for file in files if not file.exists()]:
-        raise ValueError(f"{directory}: {', '.join(missing)} not found; download it again")
-    return files
+def weight_files(directory: Path) -> list[Path]:
+    """The checkpoint's weight files, all of them present: safetensors where there are any."""
+    for single in ("model.safetensors", "pytorch_model.bin"):
+        index, names = directory / f"{single}.index.json", [single]
+        if index.exists():
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise ValueError(f"{index}: weight_map is missing")
+            names = sorted({str(name) for name in weight_map.values()})
+        elif not (directory / single).exists():
+            continue
+        suffix = Path(single).suffix
+        if bad := [name for name in names if not name.endswith(suffix) or "/" in name]:
+            raise ValueError(f"{index}: {bad[0]!r} is not the name of a {suffix} file")
+        if missing := [name for name in names if not (directory / name).exists()]:
+            raise ValueError(f"{directory}: {', '.join(missing)} not found; download it again")
+        return [directory / name for name in names]
+    raise ValueError(
+        f"{directory}: neither model.safetensors nor pytorch_model.bin found; download it again"
+    )
 
 
-def read_headers(files: list[Path]) -> dict[str, tuple[Path, torch.Size]]:
-    """Tensor name -> (file, shape), from the files' headers alone."""
-    found: dict[str, tuple[Path, torch.Size]] = {}
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as shard:
-                for name in shard.keys():  # noqa: SIM118 (safe_open is not a dict)
-                    if name in found:
-                        raise ValueError(f"{file}: {name} is also in {found[name][0].name}")
-                    header = shard.get_slice(name)
-                    if (kind := header.get_dtype()) not in ("F16", "BF16", "F32"):
-                        raise ValueError(f"{file}: {name} is {kind}; supported: F16, BF16, F32")
-                    found[name] = (file, torch.Size(header.get_shape()))
-        except SafetensorError as error:
-            raise ValueError(f"{file}: cut off or damaged ({error}); download it again") from None
+def map_file(file: Path) -> dict[str, Tensor]:
+    """The tensors of a file, mapped into memory: each is read from disk when it is used, and
+    nothing in the file is executed."""
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        if not zipfile.is_zipfile(file):
+            raise ValueError("not a whole zip archive, as torch.save writes since torch 1.6")
+        tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError:
+        raise ValueError(
+            f"{file}: holds more than tensors, which could run code; use a safetensors file"
+        ) from None
+    except Exception as error:  # damage shows as errors of many types
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{file}: cut off or damaged ({reason}); download it again") from None
+    if not isinstance(tensors, dict):
+        raise ValueError(f"{file}: expected tensors by name, found {type(tensors).__name__}")
+    for name, value in tensors.items():
+        plain = isinstance(value, Tensor) and value.layout == torch.strided and value.is_cpu
+        if not (plain and isinstance(name, str)):
+            raise ValueError(f"{file}: {name!r} is not a plain tensor")
+    return tensors
+
+
+def map_weights(directory: Path) -> dict[str, tuple[Path, Tensor]]:
+    """Tensor name -> (file, tensor) of all files."""
+    found: dict[str, tuple[Path, Tensor]] = {}
+    for file in weight_files(directory):
+        for name, tensor in map_file(file).items():
+            if name in found:
+                raise ValueError(f"{file}: {name} is also in {found[name][0].name}")
+            found[name] = (file, tensor)
     return found
 
 
-def check_names(where: Path, found: dict, wanted: dict[str, torch.Size], args: ModelArgs) -> None:
+def check_weights(where: Path, found: dict, wanted: dict[str, Tensor], args: ModelArgs) -> None:
     """Every wanted tensor is there with its shape, and nothing unknown is."""
-    extra = {name for name in found if name.endswith("rotary_emb.inv_freq")}
+    extra = {name for name in found if name.endswith(OLD_BUFFERS)}
     extra |= {"lm_head.weight"} if args.tie_embeddings else set()
     if missing := wanted.keys() - found.keys():
         raise ValueError(f"{where}: {len(missing)} tensors missing, first {min(missing)}")
     if unknown := found.keys() - wanted.keys() - extra:
         raise ValueError(f"{where}: {len(unknown)} unknown tensors, first {min(unknown)}")
-    for name, shape in wanted.items():
-        if found[name][1] != shape:
-            file, have = found[name]
+    for name, target in wanted.items():
+        file, tensor = found[name]
+        if tensor.dtype not in STORED_DTYPES:
             raise ValueError(
-                f"{file}: {name} has shape {list(have)}, config.json says {list(shape)}"
+                f"{file}: {name} is {tensor.dtype}; supported: float16, bfloat16, float32"
+            )
+        if tensor.shape != target.shape:
+            raise ValueError(
+                f"{file}: {name} has shape {list(tensor.shape)}, "
+                f"config.json says {list(target.shape)}"
             )
 
 
+@torch.no_grad()
 def copy_tensors(found: dict, targets: dict[str, Tensor], progress: Callable) -> None:
-    """Fill the target tensors one at a time, file by file."""
+    """Fill the targets one at a time, file by file; each must turn out finite."""
+    ranges = {}
     for name in progress(sorted(targets, key=lambda name: found[name][0])):
-        file, _ = found[name]
-        with safe_open(file, framework="pt") as shard:
-            targets[name].copy_(shard.get_tensor(name))
+        file, tensor = found.pop(name)  # a file is unmapped with its last tensor
+        target = targets[name]
+        target.copy_(tensor.to(target.device))  # a change of dtype happens on the device
+        ranges[file, name] = torch.stack(target.aminmax())
+    finite = torch.stack(list(ranges.values())).isfinite().all(1).tolist()  # one wait for all
+    if bad := [where for where, good in zip(ranges, finite, strict=True) if not good]:
+        file, name = bad[0]
+        raise ValueError(
+            f"{file}: {name} holds NaN or values beyond {targets[name].dtype}; "
+            "download it again or choose a wider dtype"
+        )

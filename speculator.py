@@ -10,6 +10,8 @@ Letters in shape comments:
 
 import json
 import math
+import pickle
+import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +19,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 
@@ -44,14 +46,25 @@ class SpeculatorArgs:
             raise ValueError(
                 f"config.json: model_type {kind!r} is not a speculator; expected 'mlp_speculator'"
             )
-        emb_dim, n_predict = _integer(config, "emb_dim"), _integer(config, "n_predict")
+        if (method := config.get("method")) is not None:
+            raise ValueError(
+                f"config.json: method {method!r} (of Arctic's LSTM speculators) is not supported"
+            )
+        emb_dim, n_predict = _integer(config, "emb_dim"), _integer(config, "n_predict", most=MOST)
         top_k = config.get("top_k_tokens_per_head") or [1] * n_predict
-        good = isinstance(top_k, list) and all(type(k) is int and k > 0 for k in top_k)
+        good = isinstance(top_k, list) and all(type(k) is int and 0 < k <= MOST for k in top_k)
         if not good or len(top_k) != n_predict:
             raise ValueError(
-                f"config.json: top_k_tokens_per_head must be {n_predict} positive integers "
-                f"(n_predict), found {top_k!r}"
+                f"config.json: top_k_tokens_per_head must be {n_predict} (n_predict) integers "
+                f"of 1 to {MOST}, found {top_k!r}"
             )
+        base_model = config.get("base_model_name_or_path")
+        if not isinstance(base_model, str | None):
+            raise ValueError(
+                f"config.json: base_model_name_or_path must be a name, found {base_model!r}"
+            )
+        if (n_candidates := config.get("n_candidates")) is not None:
+            _integer(config, "n_candidates", most=MOST)
         return cls(
             emb_dim=emb_dim,
             inner_dim=_integer(config, "inner_dim", least=0) or emb_dim,
@@ -60,18 +73,22 @@ class SpeculatorArgs:
             tie_weights=_flag(config, "tie_weights"),
             scale_input=_flag(config, "scale_input"),
             top_k_tokens_per_head=tuple(top_k),
-            n_candidates=config.get("n_candidates"),
-            base_model=config.get("base_model_name_or_path"),
+            n_candidates=n_candidates,
+            base_model=base_model,
         )
 
 
-def _integer(config: dict, key: str, least: int = 1) -> int:
+MOST = 1024  # heads, tokens per head, candidates: a damaged config.json is refused, not built
+
+
+def _integer(config: dict, key: str, least: int = 1, most: int = 2**24) -> int:
     value = config.get(key)
     if value is None:
         raise ValueError(f"config.json: {key} is missing")
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        kind = "a positive integer" if least else "0 or a positive integer"
-        raise ValueError(f"config.json: {key} must be {kind}, found {value!r}")
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        raise ValueError(
+            f"config.json: {key} must be an integer of {least} to {most}, found {value!r}"
+        )
     return value
 
 
@@ -162,29 +179,22 @@ def load_speculator(
     dtype: torch.dtype = torch.float32,
     progress: Callable[[Iterable[str]], Iterable[str]] = iter,
 ) -> MLPSpeculator:
-    """Speculator from a directory with config.json and safetensors (one file, or shards + index).
+    """Speculator from a directory with config.json and weights: safetensors, or if there are none
+    torch's .bin, as one file or as shards with their index.
 
     Tensor names may carry the prefix `speculator.`; tied tensors may be stored once or under
-    every alias. Raises ValueError naming file and tensor when something does not fit; names,
-    shapes and types are checked before the first weight is read.
+    every alias. Files are mapped, not read: tensors go to `device` one at a time. Raises
+    ValueError naming file and tensor when something does not fit or is not finite; names, shapes
+    and types are checked before the first weight is read.
     """
     directory = Path(directory)
     args = SpeculatorArgs.from_config(_read_json(directory / "config.json"))
     with torch.device("meta"):
         model = MLPSpeculator(args).to(dtype)
-    found = _read_headers(directory)
+    found = _map_weights(directory)
     _check(directory, found, _tensor_names(model))
     model.to_empty(device=device)
-    targets, filled = _tensor_names(model), set()
-    for name in progress(sorted(found, key=lambda name: found[name][0])):
-        file, stored, _ = found[name]
-        with safe_open(file, framework="pt") as shard:
-            tensor, target = shard.get_tensor(stored), targets[name]
-        if id(target) not in filled:
-            target.copy_(tensor)
-            filled.add(id(target))
-        elif not torch.equal(target, tensor.to(target)):
-            raise ValueError(f"{file}: {stored} differs from the tensor it is tied to")
+    _copy_tensors(found, _tensor_names(model), progress)
     return model.eval().requires_grad_(False)
 
 
@@ -211,14 +221,40 @@ def _check(where: Path, found: dict, wanted: dict[str, Tensor]) -> None:
         raise ValueError(f"{where}: {len(missing)} tensors missing, first {min(missing)}")
     if unknown := found.keys() - wanted.keys():
         raise ValueError(f"{where}: {len(unknown)} unknown tensors, first {min(unknown)}")
-    for name, (file, stored, shape) in found.items():
-        if shape != list(wanted[name].shape):
+    for name, (file, stored, tensor) in found.items():
+        if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32):
             raise ValueError(
-                f"{file}: {stored} has shape {shape}, config.json says {list(wanted[name].shape)}"
+                f"{file}: {stored} is {tensor.dtype}; supported: float16, bfloat16, float32"
+            )
+        if tensor.shape != wanted[name].shape:
+            raise ValueError(
+                f"{file}: {stored} has shape {list(tensor.shape)}, "
+                f"config.json says {list(wanted[name].shape)}"
             )
 
 
-# Shard reading is written here and in model.py, so that each file can be copied alone.
+def _copy_tensors(found: dict, targets: dict[str, Tensor], progress: Callable) -> None:
+    """Fill the targets one at a time; each must turn out finite, and tied tensors equal."""
+    copied: dict[int, Tensor] = {}
+    ranges = {}
+    for name in progress(sorted(found, key=lambda name: found[name][0])):
+        (file, stored, tensor), target = found[name], targets[name]
+        first = copied.setdefault(id(target), tensor)
+        if first is tensor:
+            target.copy_(tensor.to(target.device))  # a change of dtype happens on the device
+            ranges[file, stored] = torch.stack(target.aminmax())
+        elif not torch.equal(first, tensor.to(first.dtype)):
+            raise ValueError(f"{file}: {stored} differs from the tensor it is tied to")
+    finite = torch.stack(list(ranges.values())).isfinite().all(1).tolist()  # one wait for all
+    if bad := [where for where, good in zip(ranges, finite, strict=True) if not good]:
+        file, stored = bad[0]
+        raise ValueError(
+            f"{file}: {stored} holds NaN or values beyond {targets[name].dtype}; "
+            "download it again or choose a wider dtype"
+        )
+
+
+# Reading files is written here and in model.py, so that each module can be copied alone.
 
 
 def _read_json(path: Path) -> dict:
@@ -233,28 +269,59 @@ def _read_json(path: Path) -> dict:
     return value
 
 
-def _read_headers(directory: Path) -> dict[str, tuple[Path, str, list[int]]]:
-    """Name without prefix -> (file, stored name, shape), from the files' headers alone."""
-    index, files = directory / "model.safetensors.index.json", ["model.safetensors"]
-    if index.exists():
-        if not isinstance(weight_map := _read_json(index).get("weight_map"), dict):
-            raise ValueError(f"{index}: weight_map is missing")
-        files = sorted({str(name) for name in weight_map.values()})
-    if bad := [name for name in files if not name.endswith(".safetensors") or "/" in name]:
-        raise ValueError(f"{index}: {bad[0]!r} is not the name of a safetensors file")
-    found: dict[str, tuple[Path, str, list[int]]] = {}
-    for file in [directory / name for name in files]:
-        if not file.exists():
-            raise ValueError(f"{directory}: {file.name} not found; download it again")
-        try:
-            with safe_open(file, framework="pt") as shard:
-                for name in shard.keys():  # noqa: SIM118 (safe_open is not a dict)
-                    header, key = shard.get_slice(name), name.removeprefix("speculator.")
-                    if key in found:
-                        raise ValueError(f"{file}: {name} is also in {found[key][0].name}")
-                    if (kind := header.get_dtype()) not in ("F16", "BF16", "F32"):
-                        raise ValueError(f"{file}: {name} is {kind}; supported: F16, BF16, F32")
-                    found[key] = (file, name, list(header.get_shape()))
-        except SafetensorError as error:
-            raise ValueError(f"{file}: cut off or damaged ({error}); download it again") from None
+def _weight_files(directory: Path) -> list[Path]:
+    """The checkpoint's weight files, all of them present: safetensors where there are any."""
+    for single in ("model.safetensors", "pytorch_model.bin"):
+        index, names = directory / f"{single}.index.json", [single]
+        if index.exists():
+            weight_map = _read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise ValueError(f"{index}: weight_map is missing")
+            names = sorted({str(name) for name in weight_map.values()})
+        elif not (directory / single).exists():
+            continue
+        suffix = Path(single).suffix
+        if bad := [name for name in names if not name.endswith(suffix) or "/" in name]:
+            raise ValueError(f"{index}: {bad[0]!r} is not the name of a {suffix} file")
+        if missing := [name for name in names if not (directory / name).exists()]:
+            raise ValueError(f"{directory}: {', '.join(missing)} not found; download it again")
+        return [directory / name for name in names]
+    raise ValueError(
+        f"{directory}: neither model.safetensors nor pytorch_model.bin found; download it again"
+    )
+
+
+def _map_file(file: Path) -> dict[str, Tensor]:
+    """The tensors of a file, mapped into memory: each is read from disk when it is used, and
+    nothing in the file is executed."""
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        if not zipfile.is_zipfile(file):
+            raise ValueError("not a whole zip archive, as torch.save writes since torch 1.6")
+        tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError:
+        raise ValueError(
+            f"{file}: holds more than tensors, which could run code; use a safetensors file"
+        ) from None
+    except Exception as error:  # damage shows as errors of many types
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{file}: cut off or damaged ({reason}); download it again") from None
+    if not isinstance(tensors, dict):
+        raise ValueError(f"{file}: expected tensors by name, found {type(tensors).__name__}")
+    for name, value in tensors.items():
+        plain = isinstance(value, Tensor) and value.layout == torch.strided and value.is_cpu
+        if not (plain and isinstance(name, str)):
+            raise ValueError(f"{file}: {name!r} is not a plain tensor")
+    return tensors
+
+
+def _map_weights(directory: Path) -> dict[str, tuple[Path, str, Tensor]]:
+    """Name without prefix -> (file, stored name, tensor) of all files."""
+    found: dict[str, tuple[Path, str, Tensor]] = {}
+    for file in _weight_files(directory):
+        for name, tensor in _map_file(file).items():
+            if (key := name.removeprefix("speculator.")) in found:
+                raise ValueError(f"{file}: {name} is also in {found[key][0].name}")
+            found[key] = (file, name, tensor)
     return found

@@ -1,11 +1,14 @@
 """The decode step: speculative ids equal plain ids equal transformers' greedy ids, in float32."""
 
+import shutil
+
 import pytest
 import torch
-from conftest import Scripted, script_for
+from conftest import Scripted, script_for, store_as_bin, tiny_gpt_bigcode, tiny_speculator
+from safetensors.torch import load_file
 
 import fastspec
-from fastspec import Engine, Request, SamplingParams, decode_loop
+from fastspec import LLM, Engine, Request, SamplingParams, decode_loop
 from model import load_model
 from speculator import load_speculator
 
@@ -268,4 +271,76 @@ def test_step_is_one_graph(model, speculator, noisy):
     torch._dynamo.utils.counters.clear()
     tokens, _, _ = run(engine, PROMPTS[:2], params)
     assert tokens == expected
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+# --- gpt_bigcode: learned positions, of which there are only so many ---------------------------
+
+CONTEXT = 128
+
+
+@pytest.fixture(scope="module")
+def bigcode_dir(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("gpt_bigcode")
+    tiny_gpt_bigcode(directory, n_positions=CONTEXT)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def full_context(bigcode_dir):
+    """What transformers generates greedily after each prompt until no position is left."""
+    from transformers import GPTBigCodeForCausalLM
+
+    reference = GPTBigCodeForCausalLM.from_pretrained(bigcode_dir)
+    new = {"max_length": CONTEXT, "do_sample": False}
+    ids = [reference.generate(torch.tensor([p]), **new)[0, len(p) :].tolist() for p in PROMPTS]
+    assert all(len(set(row)) > 20 for row in ids)  # no loops
+    return ids
+
+
+FILL = SamplingParams(temperature=0, max_tokens=None)
+
+
+@pytest.mark.parametrize("drafts", ["none", "random", "right", "wrong"])
+def test_gpt_bigcode_equals_transformers_to_the_last_position(
+    drafts, bigcode_dir, full_context, speculator
+):
+    """At the end candidates stand past the table of positions, as do those of frozen rows."""
+    script = script_for(PROMPTS, full_context, CONTEXT)
+    speculator = {
+        "none": None,
+        "random": speculator,
+        "right": Scripted(script, VOCAB),
+        "wrong": Scripted(script, VOCAB, 1),
+    }[drafts]
+    model = load_model(bigcode_dir)
+    engine = engine_for(model, speculator, batch_size=5, max_seq_len=CONTEXT)
+    tokens, steps, _ = run(engine, PROMPTS, FILL)
+    assert tokens == full_context
+    if drafts in ("right", "wrong"):
+        each = 4 if drafts == "right" else 1
+        assert steps == [-(-(len(row) - 1) // each) for row in tokens]
+
+
+@pytest.mark.parametrize("store", ["safetensors", "bin"])
+def test_llm_runs_checkpoints_of_either_form(store, bigcode_dir, full_context, tmp_path):
+    """Target and speculator from a directory each, ids in and out."""
+    target, speculator = tmp_path / "target", tmp_path / "speculator"
+    shutil.copytree(bigcode_dir, target)
+    tiny_speculator(speculator)
+    if store == "bin":
+        for directory in (target, speculator):
+            store_as_bin(directory, load_file(directory / "model.safetensors"), shards=2)
+    llm = LLM(target, {"model": speculator}, dtype="float32", device="cpu", batch_size=2)
+    assert llm.engine.max_seq_len == CONTEXT
+    outputs = llm.generate(PROMPTS, FILL)
+    assert [output.outputs[0].token_ids for output in outputs] == full_context
+
+
+def test_gpt_bigcode_step_is_one_graph(bigcode_dir, full_context, speculator):
+    engine = engine_for(load_model(bigcode_dir), speculator, max_seq_len=CONTEXT)
+    engine.compiled_step = torch.compile(engine.decode_step, fullgraph=True, backend="eager")
+    engine.compiled, engine.warm = True, {False}
+    torch._dynamo.utils.counters.clear()
+    assert run(engine, PROMPTS[:1], FILL)[0] == full_context[:1]
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1

@@ -32,6 +32,7 @@ def attention_inputs(B, N, H, K, E, S, cached, dtype=torch.float32, seed=0):
         (3, 4, 4, 4, 16, 130, [SPLIT - 2, SPLIT - 1, SPLIT]),  # own tokens across a split's edge
         (1, 25, 8, 2, 32, 500, [311]),
         (2, 3, 6, 1, 32, 64, [64, 1]),  # one KV head; a full cache
+        (1, 5, 48, 1, 128, 70, [66]),  # 240 query rows on one KV head, as in granite-20b-code
     ],
 )
 def test_attention_equals_plain(B, N, H, K, E, S, cached):

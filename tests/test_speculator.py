@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_speculator
+from conftest import BAD_BINS, memory_beside_the_model, store_as_bin, tiny_speculator
 from safetensors.torch import load_file, save_file
 
 import speculator as module
@@ -247,6 +247,48 @@ def test_every_storage_form_loads_the_same_tensors(form, prefix, shards, tmp_pat
     assert not any(p.requires_grad for p in model.parameters())
 
 
+@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize("prefix", ["speculator.", ""])
+@pytest.mark.parametrize("form", ["untied", "tied_every_alias", "tied_once", "tied_last_alias"])
+def test_every_storage_form_loads_from_a_bin(form, prefix, shards, tmp_path):
+    """Here aliases lie over one memory, as in the state_dict of a tied model."""
+    _, tensors = tiny_speculator(tmp_path, tie_weights=form != "untied")
+    names = {"tied_once": TIED_ONCE, "tied_last_alias": TIED_LAST}.get(form, tensors)
+    store_as_bin(tmp_path, {prefix + name: tensors[name] for name in names}, shards)
+    assert not list(tmp_path.glob("*.safetensors"))
+    model = load_speculator(tmp_path)
+    assert len(model.state_dict()) == (15 if form == "untied" else 6)
+    assert_holds(model, tensors)
+
+
+def test_safetensors_are_preferred(copy, speculator_dir):
+    """One accelerator has both."""
+    for name in ("pytorch_model.bin", "pytorch_model.bin.index.json"):
+        (copy / name).write_text("neither is read")
+    assert_holds(load_speculator(copy), load_speculator(speculator_dir).state_dict())
+
+
+def test_parameters_and_views_in_a_bin_load_as_their_values(tmp_path):
+    _, tensors = tiny_speculator(tmp_path)
+    turned = {n: torch.nn.Parameter(t.t().contiguous().t()) for n, t in tensors.items()}
+    store_as_bin(tmp_path, turned)
+    model = load_speculator(tmp_path)
+    assert_holds(model, tensors)
+    assert not any(p.requires_grad or p.grad_fn for p in model.parameters())
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+def test_loading_needs_room_for_one_tensor_beside_the_model(tmp_path):
+    """... and not for the file: 50 MB, as is the model, of which no tensor has over 9 MB."""
+    _, tensors = tiny_speculator(tmp_path / "safetensors", vocab_size=32768, inner_dim=64)
+    shutil.copytree(tmp_path / "safetensors", tmp_path / "bin")
+    store_as_bin(tmp_path / "bin", tensors)
+    directories = [tmp_path / "safetensors", tmp_path / "bin"]
+    for extra, held in memory_beside_the_model("speculator", "load_speculator", directories):
+        assert held > 50e6
+        assert extra < 9e6
+
+
 @pytest.mark.parametrize("tie_weights", [False, True])
 def test_one_head_is_stored_without_a_second_projection(tie_weights, tmp_path):
     changes = {"n_predict": 1, "top_k_tokens_per_head": [1], "tie_weights": tie_weights}
@@ -277,6 +319,78 @@ def test_progress_wraps_the_names_of_all_tensors(shards, tmp_path):
     assert sorted(seen) == sorted(tensors)
 
 
+# --- the published speculators -----------------------------------------------------------------
+
+# config.json of IBM's nine accelerators (keys that are not known for certain are left out), and
+# the size of their weight files in GB, 16-bit, to as many digits as are known.
+PUBLISHED = {
+    "llama-13b-accelerator": (
+        {"emb_dim": 5120, "inner_dim": 4096, "n_predict": 3, "vocab_size": 32000}
+        | {"top_k_tokens_per_head": [5, 3, 2], "n_candidates": 5}
+        | {"base_model_name_or_path": "meta-llama/Llama-2-13b-chat-hf"},
+        "1.68197",
+    ),
+    "llama3-8b-accelerator": (
+        {"emb_dim": 4096, "inner_dim": 3072, "n_predict": 4, "vocab_size": 128256}
+        | {"top_k_tokens_per_head": [4, 3, 2, 2], "n_candidates": 5}
+        | {"base_model_name_or_path": "meta-llama/Meta-Llama-3-8B-Instruct"},
+        "6.385876992",
+    ),
+    "codellama-34b-accelerator": (
+        {"emb_dim": 8192, "inner_dim": 8192, "n_predict": 5, "vocab_size": 32000}
+        | {"tie_weights": True, "scale_input": True},
+        "1.32",
+    ),
+    "llama2-70b-accelerator": (
+        {"emb_dim": 8192, "inner_dim": 8192, "n_predict": 4, "vocab_size": 32000}
+        | {"top_k_tokens_per_head": [4, 3, 2, 2], "n_candidates": 4}
+        | {"tie_weights": True, "scale_input": True},
+        "1.32",
+    ),
+    "llama3-70b-accelerator": (
+        {"emb_dim": 8192, "inner_dim": 8192, "n_predict": 4, "vocab_size": 128256}
+        | {"top_k_tokens_per_head": [4, 3, 2, 2], "n_candidates": 4}
+        | {"tie_weights": True, "scale_input": True}
+        | {"base_model_name_or_path": "meta-llama/Meta-Llama-3-70B-Instruct"},
+        "4.47",
+    ),
+    "granite-3b-code-instruct-accelerator": (
+        {"emb_dim": 2560, "inner_dim": 4096, "n_predict": 5, "vocab_size": 49152}
+        | {"top_k_tokens_per_head": [4, 3, 2, 2, 2], "n_candidates": 5, "tie_weights": True},
+        "0.86",
+    ),
+    "granite-8b-code-instruct-accelerator": (
+        {"emb_dim": 4096, "inner_dim": 4096, "n_predict": 5, "vocab_size": 49152},
+        "4.19",
+    ),
+    "granite-7b-instruct-accelerator": (
+        {"emb_dim": 4096, "inner_dim": 4096, "n_predict": 5, "vocab_size": 32008}
+        | {"top_k_tokens_per_head": [4, 3, 2, 2, 2], "n_candidates": 5}
+        | {"base_model_name_or_path": "ibm-granite/granite-7b-instruct"},
+        "2.79",
+    ),
+    "granite-20b-code-instruct-accelerator": (
+        {"emb_dim": 6144, "inner_dim": 4096, "n_predict": 4, "vocab_size": 49152}
+        | {"tie_weights": False, "scale_input": False},
+        "3.37",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configs_and_sizes(name):
+    config, gigabytes = PUBLISHED[name]
+    args = SpeculatorArgs.from_config(config | {"model_type": "mlp_speculator"})
+    assert (args.tie_weights, args.scale_input) == (
+        config.get("tie_weights", False),
+        config.get("scale_input", False),
+    )
+    assert args.base_model == config.get("base_model_name_or_path")
+    with torch.device("meta"):
+        size = 2 * sum(p.numel() for p in MLPSpeculator(args).parameters())
+    assert f"{size / 1e9:.{len(gigabytes.partition('.')[2])}f}" == gigabytes
+
+
 # --- lenient configs ---------------------------------------------------------------------------
 
 
@@ -301,6 +415,8 @@ LENIENT = {
     "architectures_a_string": {"architectures": "MLPSpeculatorPreTrainedModel"},
     "architectures_null": {"architectures": None},
     "unknown_keys": {"torch_dtype": "float16", "transformers_version": "4.38.2", "new": {"a": [1]}},
+    "arctic": {"architectures": "ArcticMLPSpeculatorPreTrainedModel", "base_model_archs": ["a"]},
+    "arctic_spelling": {"top_k_tokens_per_head": None, "top_k_tokesns_per_head": [1, 1, 1]},
     "no_top_k": {"top_k_tokens_per_head": None},
     "empty_top_k": {"top_k_tokens_per_head": []},
 }
@@ -358,18 +474,46 @@ def test_other_model_types_are_named(kind):
         SpeculatorArgs.from_config(CONFIG | {"model_type": kind})
 
 
+def test_arctics_lstm_speculators_are_named():
+    config = CONFIG | {"method": "sum_lstm", "emb_dim": "4096", "inner_dim": "4096"}
+    with pytest.raises(ValueError, match=r"method 'sum_lstm' \(of Arctic's LSTM speculators\) is"):
+        SpeculatorArgs.from_config(config)
+
+
+@pytest.mark.parametrize("value", [0, -1, 5.0, "5", True, [5], 1025, 10**400], ids=str)
+def test_n_candidates_must_be_an_integer_of_a_sane_size(value):
+    message = f"config.json: n_candidates must be an integer of 1 to 1024, found {value!r}"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        SpeculatorArgs.from_config(CONFIG | {"n_candidates": value})
+
+
+@pytest.mark.parametrize("value", [5, ["a/b"], True], ids=str)
+def test_the_base_model_must_be_a_name(value):
+    message = f"config.json: base_model_name_or_path must be a name, found {value!r}"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        SpeculatorArgs.from_config(CONFIG | {"base_model_name_or_path": value})
+
+
+def test_the_largest_numbers_that_pass_take_neither_memory_nor_minutes(copy, monkeypatch):
+    largest = {"emb_dim": 2**24, "inner_dim": 2**24, "vocab_size": 2**24, "n_predict": 1024}
+    config = json.loads((copy / "config.json").read_text()) | largest
+    del config["top_k_tokens_per_head"]
+    (copy / "config.json").write_text(json.dumps(config))
+    assert_refused(copy, f"{copy}: 5105 tensors missing, first emb.10.weight", monkeypatch)
+
+
 SIZES = ["emb_dim", "inner_dim", "n_predict", "vocab_size"]
-NOT_SIZES = [0, -1, 48.0, "48", True, [48]]
+NOT_SIZES = [0, -1, 48.0, "48", True, [48], 10**9, 2**40, 10**400, math.inf, math.nan]
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
     [(f, v) for f in SIZES for v in NOT_SIZES if (f, v) != ("inner_dim", 0)],
-    ids=repr,
+    ids=lambda value: repr(value)[:12],
 )
-def test_sizes_must_be_positive_integers(field, value):
-    kind = "0 or a positive integer" if field == "inner_dim" else "a positive integer"
-    message = f"config.json: {field} must be {kind}, found {value!r}"
+def test_sizes_must_be_integers_of_a_sane_size(field, value):
+    least, most = int(field != "inner_dim"), 1024 if field == "n_predict" else 2**24
+    message = f"config.json: {field} must be an integer of {least} to {most}, found {value!r}"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         SpeculatorArgs.from_config(CONFIG | {field: value})
 
@@ -383,10 +527,13 @@ def test_missing_fields_are_named(field):
 
 
 @pytest.mark.parametrize(
-    "top_k", [[4, 3], [4, 3, 2, 2], [4, 0, 2], [4, -3, 2], [4, 3.0, 2], 3, [True] * 3], ids=str
+    "top_k",
+    [[4, 3], [4, 3, 2, 2], [4, 0, 2], [4, -3, 2], [4, 3.0, 2], 3, [True] * 3, "432", [4, 3, 1025]],
+    ids=str,
 )
-def test_top_k_must_be_one_positive_integer_per_head(top_k):
-    message = "config.json: top_k_tokens_per_head must be 3 positive integers (n_predict), found "
+def test_top_k_must_be_one_integer_per_head(top_k):
+    message = "config.json: top_k_tokens_per_head must be 3 (n_predict) integers of 1 to 1024, "
+    message += "found "
     with pytest.raises(ValueError, match=f"^{re.escape(message + repr(top_k))}$"):
         SpeculatorArgs.from_config(CONFIG | {"top_k_tokens_per_head": top_k})
 
@@ -419,7 +566,8 @@ def test_a_truncated_file_is_named(keep, copy, monkeypatch):
 
 def test_a_missing_single_file_is_named(copy, monkeypatch):
     (copy / "model.safetensors").unlink()
-    assert_refused(copy, f"{copy}: model.safetensors not found; download it again", monkeypatch)
+    message = f"{copy}: neither model.safetensors nor pytorch_model.bin found; download it again"
+    assert_refused(copy, message, monkeypatch)
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated"])
@@ -441,7 +589,7 @@ BAD_INDEXES = {
     "a_list": ('{"weight_map": ["model.safetensors"]}', f"{INDEX}: weight_map is missing"),
     "not_json": ("{", f"{INDEX}: not valid JSON ("),
     "not_an_object": ("[]", f"{INDEX}: expected a JSON object, found list"),
-    "no_name": ('{"weight_map": {"a": 3}}', f"{INDEX}: '3' is not the name of a safetensors file"),
+    "no_name": ('{"weight_map": {"a": 3}}', f"{INDEX}: '3' is not the name of a .safetensors file"),
     "a_path": ('{"weight_map": {"a": "../x.safetensors"}}', "'../x.safetensors' is not the name"),
 }
 
@@ -496,14 +644,14 @@ def test_a_tied_file_whose_config_does_not_say_so_is_refused(tied, monkeypatch):
     assert_refused(tied, f"{tied}: 9 tensors missing, first emb.1.weight", monkeypatch)
 
 
-OTHER_DTYPES = {"I64": torch.int64, "I8": torch.int8, "BOOL": torch.bool, "F64": torch.float64}
+OTHER_DTYPES = [torch.int64, torch.int8, torch.bool, torch.float64, torch.float8_e4m3fn]
 
 
 @pytest.mark.parametrize("kind", OTHER_DTYPES)
 def test_tensors_of_other_dtypes_are_named(kind, copy, monkeypatch):
     name = "speculator.emb.1.weight"
-    edit_tensors(copy, lambda tensors: tensors.update({name: tensors[name].to(OTHER_DTYPES[kind])}))
-    message = f"{copy / 'model.safetensors'}: {name} is {kind}; supported: F16, BF16, F32"
+    edit_tensors(copy, lambda tensors: tensors.update({name: tensors[name].to(kind)}))
+    message = f"{copy / 'model.safetensors'}: {name} is {kind}; supported: float16, "
     assert_refused(copy, message, monkeypatch)
 
 
@@ -524,6 +672,48 @@ def test_tied_tensors_that_differ_are_refused(tmp_path):
 def test_flags_must_be_true_or_false(field):
     with pytest.raises(ValueError, match=f"{field} must be true or false, found 'false'"):
         SpeculatorArgs.from_config(CONFIG | {field: "false"})
+
+
+@pytest.mark.parametrize("case", BAD_BINS)
+def test_a_bad_bin_is_named_and_not_executed(case, copy, monkeypatch):
+    store_as_bin(copy, load_file(copy / "model.safetensors"))
+    file = copy / "pytorch_model.bin"
+    write, message = BAD_BINS[case]
+    write(file)
+    assert_refused(copy, f"{file}: {message}", monkeypatch)
+    assert not (copy / "ran").exists()
+
+
+def test_a_missing_bin_shard_is_named(copy, monkeypatch):
+    store_as_bin(copy, load_file(copy / "model.safetensors"), shards=3)
+    (copy / "pytorch_model-00002-of-00003.bin").unlink()
+    message = f"{copy}: pytorch_model-00002-of-00003.bin not found; download it again"
+    assert_refused(copy, message, monkeypatch)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("bin_file", [False, True])
+@pytest.mark.parametrize("form", [{}, {"tie_weights": True}], ids=["untied", "tied"])
+def test_weights_that_are_not_finite_are_named(form, bin_file, value, tmp_path):
+    """Drafts of such a head would never be accepted, without a word."""
+    _, tensors = tiny_speculator(tmp_path, **form)
+    tensors["proj.1.weight"].view(-1)[123] = value
+    if form:
+        tensors = {name: tensors[name] for name in TIED_ONCE}
+    (store_as_bin if bin_file else store)(tmp_path, tensors)
+    with pytest.raises(ValueError, match=r": proj\.1\.weight holds NaN or values beyond torch.fl"):
+        load_speculator(tmp_path)
+
+
+def test_weights_too_large_for_the_dtype_are_named(tmp_path):
+    """Float16 ends at 65,504; bfloat16 has the range of float32."""
+    _, tensors = tiny_speculator(tmp_path)
+    tensors["head.2.weight"].view(-1)[5] = 7e4
+    store(tmp_path, tensors)
+    message = f"{tmp_path / 'model.safetensors'}: head.2.weight holds NaN or values beyond "
+    with pytest.raises(ValueError, match=re.escape(message + "torch.float16; ")):
+        load_speculator(tmp_path, dtype=torch.float16)
+    load_speculator(tmp_path, dtype=torch.bfloat16)
 
 
 # --- one file alone ----------------------------------------------------------------------------
