@@ -1253,7 +1253,7 @@ def read_rows(
 def read_row(llm: LLM, line: bytes, number: int, params: SamplingParams, chat: bool) -> Request:
     """The request of one row: its own sampling fields, else those of `params`."""
     try:
-        row = json.loads(line)
+        row = json.loads(line.rstrip())
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from None
     if not isinstance(row, dict):
@@ -1268,9 +1268,9 @@ def read_row(llm: LLM, line: bytes, number: int, params: SamplingParams, chat: b
         raise ValueError(f"id {id!r} is neither text nor an integer")
     params = replace(params, **{name: row[name] for name in known if name in row})
     if "messages" in row:
-        request = llm.chat_request(row["messages"], params, "conversation")
+        request = llm.chat_request(row["messages"], params, "the conversation")
     else:
-        request = prompt_request(llm, row["prompt"], params, chat, "prompt")
+        request = prompt_request(llm, row["prompt"], params, chat, "the prompt")
     return replace(request, id=id)
 
 

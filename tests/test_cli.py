@@ -355,10 +355,40 @@ def test_only_the_files_that_are_used_are_fetched(hub):
     options = hub[0][1]
     used = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json"]
     used += ["tokenizer.json", "chat_template.jinja", "generation_config.json"]
+    used += ["tokenizer.model", "original/tokenizer.model", "added_tokens.json"]
+    used += ["vocab.json", "merges.txt"]
     unused = ["pytorch_model.bin", "original/params.json", "onnx/model.safetensors", "README.md"]
     unused += ["consolidated.safetensors", "adapter_model.safetensors"]
     kept = filter_repo_objects(used + unused, allow_patterns=options["allow_patterns"])
     assert list(kept) == used
+    assert len(hub) == 1
+
+
+def test_bin_files_are_fetched_where_there_are_no_safetensors(hub, dirs, tmp_path):
+    """Which is known from what the first request brought, so that a cache will do."""
+    dirs.bin = tmp_path
+    assert fastspec.local_checkpoint("org/bin") == tmp_path
+    patterns = [options["allow_patterns"] for _, options in hub]
+    files = ["config.json", "pytorch_model.bin", "pytorch_model-00001-of-00002.bin"]
+    files += ["pytorch_model.bin.index.json", "training_args.bin", "optimizer.bin"]
+    assert [list(filter_repo_objects(files, allow_patterns=p)) for p in patterns] == [
+        files[:1],
+        files[:4],
+    ]
+
+
+@pytest.mark.parametrize("weights", ["model.safetensors", "pytorch_model.bin"])
+def test_the_cache_of_the_hub_is_enough_offline(tmp_path, monkeypatch, weights):
+    snapshot = tmp_path / "models--org--small" / "snapshots" / "0123abcd"
+    snapshot.mkdir(parents=True)
+    (snapshot / weights).touch()
+    (refs := tmp_path / "models--org--small" / "refs").mkdir()
+    (refs / "main").write_text("0123abcd")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert fastspec.local_checkpoint("org/small") == snapshot
+    with pytest.raises(ValueError, match="org/large: no such directory, and the hub said: "):
+        fastspec.local_checkpoint("org/large")
 
 
 def test_a_local_directory_asks_nothing_of_the_hub(hub, dirs):
@@ -722,6 +752,7 @@ def test_nothing_is_read_before_the_checks(capsys, dirs, copy, monkeypatch):
     assert run_main(capsys, *base, dirs.right, "--batch-size", 10**9)[0] == 1
     assert run_main(capsys, *base, dirs.right, "--max-seq-len", 129)[0] == 1
     assert run_main(capsys, *base, dirs.right, "--num-draft-tokens", 4)[0] == 1
+    assert run_main(capsys, *base, dirs.right, "--prompt", "Q", "Q" * 128)[0] == 1
 
 
 @pytest.mark.parametrize(
