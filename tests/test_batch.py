@@ -76,10 +76,10 @@ def test_all_free_rows_are_refilled_before_the_next_step(model, ahead):
 
 
 @pytest.mark.parametrize("ahead", [0, 1])
-def test_requests_are_taken_as_rows_come_free(model, ahead):
+def test_requests_are_taken_as_rows_come_free(dirs, ahead):
     """One more than there are rows at most: a long file is not held in memory."""
-    engine, taken, ended = Engine(model, batch_size=3, max_seq_len=64), 0, 0
-    engine.ahead = ahead
+    llm, taken, ended = load(dirs.bare, batch_size=3), 0, 0
+    llm.engine.ahead = ahead
 
     def requests():
         nonlocal taken
@@ -87,9 +87,9 @@ def test_requests_are_taken_as_rows_come_free(model, ahead):
             taken += 1
             yield request
 
-    for event in decode_loop(engine, requests(), (False, False)):
-        ended += event.done
-        assert taken - ended <= engine.batch_size + 1
+    for _, _, output in llm.run(requests(), (False, False)):
+        ended += output is not None
+        assert taken - ended <= 3 + 1
     assert taken == ended == 20
 
 
@@ -270,7 +270,7 @@ def test_answers_are_written_as_they_come(tmp_path):
     def outputs():
         for i in range(3):
             assert path.read_text().count("\n") == i
-            answer = fastspec.CompletionOutput("x" * 100_000, [1], "stop")
+            answer = fastspec.CompletionOutput("x" * 10 ** (2 * i), [1], "stop")
             yield fastspec.RequestOutput(None, [2], [answer], request_id=i)
 
     assert len(list(fastspec.write_answers(path, outputs(), 3))) == 3
