@@ -365,7 +365,7 @@ class Engine(nn.Module):
         prompt = to_device(torch.tensor(request.prompt), self.kv.device)
         P, rows = len(prompt), slice(row, row + 1)
         start = self.cached_prefix(row, prompt) if request.goes_on else 0
-        self.length[row] = start + 1  # so that an interrupt leaves no wrong claim on the cache
+        self.length[row] = start + 1  # what is cached, should an interrupt end this
         self.set_row(row, number, request)
         last = self.prefill_hidden(row, prompt, start)
         position = torch.full_like(prompt[None, :1], P)
@@ -1298,10 +1298,10 @@ def write_answers(path: str, outputs: Iterator, total: int) -> Iterator[RequestO
 
 def converse(llm: LLM, params: SamplingParams, first: list[str]) -> Iterator[RequestOutput]:
     """Answer the turns of `first` and then those typed, each in the light of those before."""
-    print("fastspec: Ctrl-C stops an answer; /reset starts over; /exit leaves", file=sys.stderr)
+    print("fastspec: Ctrl-C stops an answer; /reset starts over; Ctrl-D leaves", file=sys.stderr)
     messages: list[dict] = []
     for turn in read_turns(first):
-        if turn == "/reset":
+        if turn.strip() == "/reset":
             messages = []
             continue
         asked = [*messages, {"role": "user", "content": turn}]
