@@ -10,16 +10,19 @@ Letters in shape comments:
 
 import argparse
 import gc
+import json
 import math
 import os
 import re
 import secrets
+import signal
 import sys
+import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import huggingface_hub
@@ -74,9 +77,10 @@ class SamplingParams:
             "min_p": is_number(self.min_p, 0, 1),
             "top_k": is_integer(self.top_k, -1),
             "max_tokens": self.max_tokens is None or is_integer(self.max_tokens, 1),
-            "seed": self.seed is None or isinstance(self.seed, int),
-            "stop": all(isinstance(text, str) and text for text in stop),
-            "stop_token_ids": all(is_integer(token, 0) for token in stop_ids),
+            "seed": self.seed is None or is_integer(self.seed, -math.inf, math.inf),
+            "stop": is_list(stop) and all(isinstance(text, str) and text for text in stop),
+            "stop_token_ids": is_list(stop_ids) and all(is_integer(t, 0) for t in stop_ids),
+            "ignore_eos": isinstance(self.ignore_eos, bool),
         }
         if bad := [name for name, ok in good.items() if not ok]:
             value = getattr(self, bad[0])
@@ -86,7 +90,7 @@ class SamplingParams:
         object.__setattr__(self, "stop_token_ids", tuple(stop_ids))
 
 
-def is_integer(x, least: int, most: int = 2**31 - 1) -> bool:
+def is_integer(x, least: float, most: float = 2**31 - 1) -> bool:
     return isinstance(x, int) and not isinstance(x, bool) and least <= x <= most
 
 
@@ -94,14 +98,25 @@ def is_number(x, least: float, most: float) -> bool:
     return isinstance(x, (int, float)) and not isinstance(x, bool) and least <= x <= most
 
 
+def is_list(x) -> bool:
+    return isinstance(x, (list, tuple))
+
+
 @dataclass(frozen=True)
 class Request:
-    """Prompt ids, with the seed of its noise and every id that ends the answer."""
+    """Prompt ids, with the seed of its noise and every id that ends the answer.
+
+    `goes_on`: what its row's cache still holds of the prompt is not computed again. `text` and
+    `id` are handed on to the output.
+    """
 
     prompt: list[int]
     params: SamplingParams
     seed: int
     stop_ids: list[int]
+    goes_on: bool = False
+    text: str | None = None
+    id: str | int | None = None
 
 
 # --- sampling ----------------------------------------------------------------------------------
@@ -347,10 +362,12 @@ class Engine(nn.Module):
         self, row: int, number: int, request: Request, noisy: bool, filtered: bool
     ) -> Packet:
         """Put request `number` into a row; the packet holds its first token."""
-        self.set_row(row, number, request)
         prompt = to_device(torch.tensor(request.prompt), self.kv.device)
         P, rows = len(prompt), slice(row, row + 1)
-        last = self.prefill_hidden(row, prompt)
+        start = self.cached_prefix(row, prompt) if request.goes_on else 0
+        self.length[row] = start + 1  # what is cached, should an interrupt end this
+        self.set_row(row, number, request)
+        last = self.prefill_hidden(row, prompt, start)
         position = torch.full_like(prompt[None, :1], P)
         token = self.choose(self.model.logits(last), position, rows, noisy, filtered)[0]  # [1]
         done = (token == self.stop_ids[row]).any() | (self.limit[row] <= P + 1)
@@ -360,23 +377,30 @@ class Engine(nn.Module):
         self.result[row, : HEADER + 1] = torch.cat((header, done.long()[None], token))
         return self.read_result()
 
-    def prefill_hidden(self, row: int, prompt: Tensor) -> Tensor:
-        """Cache a prompt [P]; returns the hidden state of its last token [1, 1, D].
+    def cached_prefix(self, row: int, prompt: Tensor) -> int:
+        """How many first tokens of a prompt [P] the row's cache holds from the request before, all
+        but the last at most: its hidden state is needed. Waits for the device."""
+        n = min(int(self.length[row]), len(prompt)) - 1
+        return int((self.tokens[row, :n] == prompt[:n]).long().cumprod(0).sum())
 
-        A compiled engine on a GPU pads a prompt to one of a few captured sizes; a longer prompt,
-        and any other engine, runs eagerly in chunks: no length compiles or captures anything.
+    def prefill_hidden(self, row: int, prompt: Tensor, start: int) -> Tensor:
+        """Cache a prompt [P] from `start`; returns the hidden state of its last token [1, 1, D].
+
+        A compiled engine on a GPU pads a prompt to one of a few captured sizes; a longer prompt or
+        one that goes on, and any other engine, runs eagerly in chunks: no length compiles or
+        captures anything.
         """
         P = len(prompt)
         for size, (graph, tokens, last_index, rows, last) in self.prefill_graphs.items():
-            if size >= P:
+            if size >= P and start == 0:
                 tokens[:P], last_index[0], rows[0] = prompt, P - 1, row
                 graph.replay()
                 return last
         rows = torch.full_like(prompt[:1], row)
-        for start in range(0, P, PREFILL_SIZES[-1]):
-            chunk = prompt[start : start + PREFILL_SIZES[-1]]
-            before = self.kv[:, :, row : row + 1, :, :start]
-            hidden = self.prefill_chunk(chunk, start, rows, before)
+        for at in range(start, P, PREFILL_SIZES[-1]):
+            chunk = prompt[at : at + PREFILL_SIZES[-1]]
+            before = self.kv[:, :, row : row + 1, :, :at]
+            hidden = self.prefill_chunk(chunk, at, rows, before)
         return hidden[:, -1:]
 
     def prefill_chunk(self, tokens: Tensor, start: int, rows: Tensor, before: Tensor) -> Tensor:
@@ -474,28 +498,33 @@ class Progress:
     cancel: bool = False  # set by the consumer to end the request here
 
 
-def decode_loop(engine: Engine, requests: list[Request]) -> Iterator[Progress]:
+def decode_loop(
+    engine: Engine, requests: Iterable[Request], needs: tuple[bool, bool] | None = None
+) -> Iterator[Progress]:
     """Run requests through the engine's rows, refilling a row when its request ends.
 
     On a GPU one launch is always queued behind the one whose result is read, so it never waits for
     the host. A result names its row's request: what a row emits after its request ended is dropped.
+    `requests` may be an iterator, read as rows come free, if `needs` says what `step_needs` would.
     """
     if engine.busy:
         raise ValueError("this engine is generating already; finish or close that stream first")
-    noisy = any(r.params.temperature > 0 for r in requests)
-    filtered = noisy and (engine.compiled or any(is_filtered(r.params) for r in requests))
-    waiting, free = deque(range(len(requests))), list(range(engine.batch_size))
+    noisy, filtered = needs or step_needs(r.params for r in requests)
+    filtered = noisy and (engine.compiled or filtered)
+    queue, free = enumerate(requests), list(range(engine.batch_size))
     running: dict[int, tuple[int, float]] = {}  # row -> (request, start)
     in_flight: deque[tuple[Packet, list[int], bool]] = deque()
     engine.busy = True
     try:
         engine.warm_up(noisy)
+        waiting = next(queue, None)
         while waiting or running:
             if waiting and free:
-                row, number = free.pop(0), waiting.popleft()
+                row, (number, request) = free.pop(0), waiting
                 running[row] = (number, time.perf_counter())
-                packet = engine.prefill(row, number, requests[number], noisy, filtered)
+                packet = engine.prefill(row, number, request, noisy, filtered)
                 in_flight.append((packet, [row], True))
+                waiting = next(queue, None)
             else:
                 in_flight.append((engine.step(noisy, filtered), list(running), False))
             if len(in_flight) <= engine.ahead:
@@ -523,8 +552,13 @@ def decode_loop(engine: Engine, requests: list[Request]) -> Iterator[Progress]:
         engine.busy = False
 
 
-def is_filtered(params: SamplingParams) -> bool:
-    return params.top_p < 1 or params.top_k > 0 or params.min_p > 0
+def step_needs(params: Iterable[SamplingParams]) -> tuple[bool, bool]:
+    """Whether the steps of these requests need noise, and whether they need filters."""
+    noisy = filtered = False
+    for p in params:
+        noisy |= p.temperature > 0
+        filtered |= p.top_p < 1 or p.top_k > 0 or p.min_p > 0
+    return noisy, filtered
 
 
 # --- text in, text out -------------------------------------------------------------------------
@@ -547,6 +581,7 @@ class RequestOutput:
     prompt: str | None
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
+    request_id: str | int | None = None
     steps: int = 0  # decode steps; the first token comes from the prefill
     accepted_per_head: list[int] = field(default_factory=list)  # of the tokens, one draft a step
     time_to_first_token: float = 0.0  # seconds
@@ -561,9 +596,8 @@ class Answer:
     """Collects one request's tokens into text: decodes, cuts at stop strings, and holds back what
     may yet become one."""
 
-    def __init__(self, prompt, request: Request, tokenizer: Tokenizer | None, k: int):
-        text = prompt if isinstance(prompt, str) else None
-        self.output = RequestOutput(text, request.prompt, [CompletionOutput()])
+    def __init__(self, request: Request, tokenizer: Tokenizer | None, k: int):
+        self.output = RequestOutput(request.text, request.prompt, [CompletionOutput()], request.id)
         self.output.accepted_per_head = [0] * k
         self.request, self.stream = request, tokenizer.stream() if tokenizer else None
         self.shown, self.cut = 0, False
@@ -624,7 +658,8 @@ class LLM:
     {"model": directory or hub id, "method": "mlp_speculator", "num_speculative_tokens": int,
     "revision": str}, all but "model" optional. dtype "auto" is float16 or bfloat16 on a
     GPU, as the checkpoint says; on a CPU bfloat16 where it has instructions for it, else float32.
-    `compile` None means: on a GPU. Raises ValueError for what does not fit before reading weights.
+    `compile` None means: on a GPU. Raises ValueError for what does not fit before reading weights;
+    `load=False` leaves these to a later `load()`, so that prompts can be checked first, too.
     """
 
     def __init__(
@@ -638,43 +673,54 @@ class LLM:
         max_seq_len: int | None = None,
         compile: bool | None = None,
         revision: str | None = None,
+        load: bool = True,
     ):
-        device = choose_device(device)
-        directory = local_checkpoint(model, revision)
-        config = read_json(directory / "config.json")
-        args = ModelArgs.from_config(config)
-        self.tokenizer = load_tokenizer(directory)
-        self.end_ids = end_of_sequence_ids(directory, config, self.tokenizer)
-        dtype = choose_dtype(dtype, config, device)
-        speculator_dir, speculator_args, k = None, None, 0
+        self.device = choose_device(device)
+        self.directory = local_checkpoint(model, revision)
+        config = read_json(self.directory / "config.json")
+        self.args = ModelArgs.from_config(config)
+        self.tokenizer = load_tokenizer(self.directory)
+        self.end_ids = end_of_sequence_ids(self.directory, config, self.tokenizer)
+        self.dtype = choose_dtype(dtype, config, self.device)
+        self.speculator_dir, speculator_args, self.k = None, None, 0
         if speculative_config is not None:
-            speculator_dir, speculator_args, k = read_speculative_config(
-                speculative_config, args, directory
+            self.speculator_dir, speculator_args, self.k = read_speculative_config(
+                speculative_config, self.args, self.directory
             )
         if max_seq_len is None:
-            max_seq_len = min(args.max_position, DEFAULT_MAX_SEQ_LEN)
+            max_seq_len = min(self.args.max_position, DEFAULT_MAX_SEQ_LEN)
         if not (is_integer(batch_size, 1) and is_integer(max_seq_len, 2)):
             raise ValueError(
                 f"batch_size {batch_size} or max_seq_len {max_seq_len} is too small: "
                 "at least 1 row and 2 tokens"
             )
-        if max_seq_len > args.max_position:
+        if max_seq_len > self.args.max_position:
             raise ValueError(
-                f"max_seq_len {max_seq_len} exceeds the model's context of {args.max_position}"
+                f"max_seq_len {max_seq_len} exceeds the model's context of {self.args.max_position}"
             )
-        cache_shape = kv_cache_shape(args, batch_size, max_seq_len + k + 1)
-        check_memory(args, speculator_args if k else None, cache_shape, dtype, device)
-        target = load_model(directory, device, dtype, progress("target"))
+        self.batch_size, self.max_seq_len = batch_size, max_seq_len
+        self.compiled = self.device.type == "cuda" if compile is None else compile
+        cache_shape = kv_cache_shape(self.args, batch_size, max_seq_len + self.k + 1)
+        check_memory(
+            self.args, speculator_args if self.k else None, cache_shape, self.dtype, self.device
+        )
+        if load:
+            self.load()
+
+    def load(self) -> None:
+        """Read the weights and build the engine."""
+        where = (self.device, self.dtype)
+        target = load_model(self.directory, *where, progress("target"))
         speculator = None
-        if k:
-            speculator = load_speculator(speculator_dir, device, dtype, progress("speculator"))
+        if self.k:
+            speculator = load_speculator(self.speculator_dir, *where, progress("speculator"))
         self.engine = Engine(
             target,
             speculator,
-            batch_size=batch_size,
-            max_seq_len=max_seq_len,
-            num_draft_tokens=k,
-            compiled=device.type == "cuda" if compile is None else compile,
+            batch_size=self.batch_size,
+            max_seq_len=self.max_seq_len,
+            num_draft_tokens=self.k,
+            compiled=self.compiled,
         )
 
     def generate(
@@ -683,8 +729,7 @@ class LLM:
         sampling_params: SamplingParams | list[SamplingParams] | None = None,
     ) -> list[RequestOutput]:
         """Answers in the order of the prompts. A prompt is text or a list of token ids."""
-        finished = {i: out for i, _, out in self.stream(prompts, sampling_params) if out}
-        return [finished[i] for i in sorted(finished)]
+        return list(in_order(self.stream(prompts, sampling_params)))
 
     def stream(
         self,
@@ -695,43 +740,67 @@ class LLM:
 
         All requests are checked by the call itself, before any of them runs.
         """
-        prompts = as_prompt_list(prompts)
-        params = SamplingParams() if sampling_params is None else sampling_params
-        params = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
-        if len(params) != len(prompts):
-            raise ValueError(f"{len(prompts)} prompts, but {len(params)} SamplingParams")
-        pairs = list(zip(prompts, params, strict=True))
-        requests = [self._request(prompt, p, i) for i, (prompt, p) in enumerate(pairs)]
-        answers = [
-            Answer(prompt, request, self.tokenizer, self.engine.k)
-            for prompt, request in zip(prompts, requests, strict=True)
-        ]
-        return self._stream(requests, answers)
+        pairs = with_params(as_prompt_list(prompts), sampling_params)
+        return self.run([self.request(p, s, f"prompt {i}") for i, (p, s) in enumerate(pairs)])
 
-    def _stream(self, requests: list[Request], answers: list[Answer]) -> Iterator:
-        for progress in decode_loop(self.engine, requests):
+    def chat(
+        self,
+        messages: list[dict] | list[list[dict]],
+        sampling_params: SamplingParams | list[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """The next turn of one conversation, or of each of several, by the chat template.
+
+        A conversation is a list of {"role": ..., "content": ...}. Where it is the only one of the
+        call, what the cache holds of its turns so far is not computed again.
+        """
+        return list(in_order(self.chat_stream(messages, sampling_params)))
+
+    def chat_stream(
+        self,
+        messages: list[dict] | list[list[dict]],
+        sampling_params: SamplingParams | list[SamplingParams] | None = None,
+    ) -> Iterator[tuple[int, str, RequestOutput | None]]:
+        """As `chat`, piece by piece like `stream`."""
+        pairs = with_params(as_conversation_list(messages), sampling_params)
+        requests = [self.chat_request(c, s, f"conversation {i}") for i, (c, s) in enumerate(pairs)]
+        return self.run([replace(r, goes_on=len(requests) == 1) for r in requests])
+
+    def run(self, requests: Iterable[Request], needs: tuple[bool, bool] | None = None) -> Iterator:
+        """Text of requests; see `stream` for what it yields and `decode_loop` for `needs`."""
+        answers: dict[int, Answer] = {}
+
+        def taken() -> Iterator[Request]:
+            for number, request in enumerate(requests):
+                answers[number] = Answer(request, self.tokenizer, self.k)
+                yield request
+
+        needs = needs or step_needs(r.params for r in requests)
+        for progress in decode_loop(self.engine, taken(), needs):
             answer = answers[progress.request]
             piece = answer.take(progress)
+            if progress.cancel:
+                del answers[progress.request]
             yield progress.request, piece, answer.output if progress.cancel else None
 
-    def _request(self, prompt: str | list[int], params: SamplingParams, number: int) -> Request:
-        """Checked prompt ids, seed and end ids for one prompt."""
-        if isinstance(prompt, str):
+    def request(self, prompt: str | list[int], params: SamplingParams, name: str) -> Request:
+        """Checked prompt ids, seed and end ids for the prompt that errors call by this name."""
+        text = prompt if isinstance(prompt, str) else None
+        if text is not None:
             if self.tokenizer is None:
                 raise ValueError("this checkpoint has no tokenizer files: give token ids, not text")
-            prompt = self.tokenizer.encode(prompt)
+            prompt = self.tokenizer.encode(text)
         if params.stop and self.tokenizer is None:
             raise ValueError("this checkpoint has no tokenizer files: stop strings need one")
-        vocab, room = self.engine.model.args.vocab_size, self.engine.max_seq_len
+        vocab, room = self.args.vocab_size, self.max_seq_len
         if not prompt:
-            raise ValueError(f"prompt {number} is empty")
-        if not isinstance(prompt, list | tuple):
-            raise ValueError(f"prompt {number} is neither text nor token ids: {prompt!r}")
+            raise ValueError(f"{name} is empty")
+        if not is_list(prompt):
+            raise ValueError(f"{name} is neither text nor token ids: {prompt!r}")
         if bad := [t for t in prompt if not is_integer(t, 0, vocab - 1)]:
-            raise ValueError(f"prompt {number}: {bad[0]!r} is not a token id of 0..{vocab - 1}")
+            raise ValueError(f"{name}: {bad[0]!r} is not a token id of 0..{vocab - 1}")
         if len(prompt) >= room:
             raise ValueError(
-                f"prompt {number} has {len(prompt)} tokens, and max_seq_len {room} leaves no room "
+                f"{name} has {len(prompt)} tokens, and max_seq_len {room} leaves no room "
                 f"for an answer"
             )
         ends = [] if params.ignore_eos else list(self.end_ids)
@@ -739,7 +808,16 @@ class LLM:
         if len(ends) > MAX_STOP_IDS:
             raise ValueError(f"{len(ends)} end ids; at most {MAX_STOP_IDS} are supported")
         seed = secrets.randbits(63) if params.seed is None else params.seed % 2**63
-        return Request(list(prompt), params, seed, ends)
+        return Request(list(prompt), params, seed, ends, text=text)
+
+    def chat_request(self, messages: list[dict], params: SamplingParams, name: str) -> Request:
+        """The next turn of a conversation as `request` gives it."""
+        check_messages(messages, name)
+        if self.tokenizer is None:
+            raise ValueError("this checkpoint has no tokenizer files: give token ids, not messages")
+        text = self.tokenizer.apply_chat_template(messages)
+        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        return replace(self.request(ids, params, name), text=text)
 
 
 DEFAULT_MAX_SEQ_LEN = 8192
@@ -753,31 +831,77 @@ def as_prompt_list(prompts) -> list:
     return [prompts] if prompts and is_integer(prompts[0], -(2**63), 2**63) else prompts
 
 
+def as_conversation_list(messages) -> list:
+    """One conversation or several as a list."""
+    messages = list(messages)
+    return [messages] if messages and isinstance(messages[0], dict) else messages
+
+
+def check_messages(messages, name: str) -> None:
+    if not is_list(messages):
+        raise ValueError(f"{name} is not a list of messages but {type(messages).__name__}")
+    if not messages:
+        raise ValueError(f"{name} has no messages")
+    for i, message in enumerate(messages):
+        for key in ("role", "content"):
+            if not isinstance(message, dict) or not isinstance(message.get(key), str):
+                raise ValueError(f"{name}: message {i} has no {key} that is text")
+
+
+def with_params(prompts: list, params: SamplingParams | list[SamplingParams] | None) -> list[tuple]:
+    """Each prompt with its own settings, or with those of all."""
+    params = SamplingParams() if params is None else params
+    params = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+    if len(params) != len(prompts):
+        raise ValueError(f"{len(prompts)} prompts, but {len(params)} SamplingParams")
+    return list(zip(prompts, params, strict=True))
+
+
+def in_order(stream: Iterator) -> Iterator[RequestOutput]:
+    """Outputs of a stream in the order of their prompts, each as soon as it is its turn."""
+    finished: dict[int, RequestOutput] = {}
+    turn = 0
+    for index, _, output in stream:
+        if output is not None:
+            finished[index] = output
+        while turn in finished:
+            yield finished.pop(turn)
+            turn += 1
+
+
 CHECKPOINT_FILES = [
     *("config.json", "generation_config.json", "model.safetensors.index.json"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"),
+    *("tokenizer.model", "original/tokenizer.model", "added_tokens.json"),
+    *("vocab.json", "merges.txt"),
     *("model.safetensors", "model-*.safetensors"),
 ]
+BIN_FILES = ["pytorch_model.bin.index.json", "pytorch_model*.bin"]
 
 
 def local_checkpoint(name: str | Path, revision: str | None = None) -> Path:
-    """The directory itself, or the snapshot of a hub id: only the files that are used."""
+    """The directory itself, or the snapshot of a hub id: only the files that are used, among them
+    pytorch_model.bin where there is no model.safetensors."""
     if (path := Path(name).expanduser()).is_dir():
         if revision is not None:
             raise ValueError(f"{name} is a directory here: a revision ({revision}) means nothing")
         return path
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
         raise ValueError(f"{name}: no such directory, and not a hub id (owner/name)")
+    path = fetch(str(name), revision, CHECKPOINT_FILES)
+    if any(path.glob("model*.safetensors")):
+        return path
+    return fetch(str(name), revision, CHECKPOINT_FILES + BIN_FILES)
+
+
+def fetch(name: str, revision: str | None, patterns: list[str]) -> Path:
+    """The snapshot of a hub id, with the files of these patterns."""
     try:
-        files = huggingface_hub.snapshot_download(
-            str(name),
-            revision=revision,
-            allow_patterns=CHECKPOINT_FILES,
-        )
+        path = huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns)
     except Exception as error:  # network, permission and naming errors have many types there
         reason = one_line(error)
         raise ValueError(f"{name}: no such directory, and the hub said: {reason}") from None
-    return Path(files)
+    return Path(path)
 
 
 def one_line(error: Exception) -> str:
@@ -894,6 +1018,20 @@ def progress(what: str):
 
 DEFAULT_PROMPT = "What is gravity?"
 
+# The published accelerators by the name of their repository (whose owner has changed), and the
+# target each was trained for: several configs do not say it.
+TARGETS = {
+    "llama-13b-accelerator": "meta-llama/Llama-2-13b-chat-hf",
+    "llama2-70b-accelerator": "meta-llama/Llama-2-70b-chat-hf",
+    "llama3-8b-accelerator": "meta-llama/Meta-Llama-3-8B-Instruct",
+    "llama3-70b-accelerator": "meta-llama/Meta-Llama-3-70B-Instruct",
+    "codellama-34b-accelerator": "codellama/CodeLlama-34b-Instruct-hf",
+    "granite-3b-code-instruct-accelerator": "ibm-granite/granite-3b-code-instruct",
+    "granite-7b-instruct-accelerator": "ibm-granite/granite-7b-instruct",
+    "granite-8b-code-instruct-accelerator": "ibm-granite/granite-8b-code-instruct",
+    "granite-20b-code-instruct-accelerator": "ibm-granite/granite-20b-code-instruct",
+}
+
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -901,12 +1039,15 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         description="Generate text with an MLP speculator. Without arguments: the demo model.",
     )
     add, flag = parser.add_argument, argparse.BooleanOptionalAction
-    add("--checkpoint", help="target model: directory or hub id; none: the demo model")
+    add("--checkpoint", help="target model: directory or hub id; unset: the speculator's, or demo")
     add("--revision", help="revision of a target from the hub")
     add("--speculator", help="MLP speculator: directory or hub id; none: plain decoding")
     add("--speculator-revision", help="revision of a speculator from the hub")
     add("--num-draft-tokens", type=int, help="tokens drafted per step; 0: none; unset: all heads")
-    add("--prompt", nargs="+", default=[DEFAULT_PROMPT], help="one or more texts")
+    add("--prompt", nargs="+", help="one or more texts; with --interactive the first turns")
+    add("--prompts", metavar="FILE", help="JSON lines with prompt or messages, and sampling fields")
+    add("--output", metavar="FILE", help="where the answers to --prompts go, as JSON lines")
+    add("--interactive", action="store_true", help="a conversation at the terminal")
     add("--max-new-tokens", type=int, default=256, help="tokens per answer (256)")
     add("--temperature", type=float, default=0.0, help="0, the default, is greedy")
     add("--top-k", type=int, default=0, help="0, the default, keeps all")
@@ -914,7 +1055,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--min-p", type=float, default=0.0, help="0, the default, keeps all")
     add("--seed", type=int, help="same seed, same text; unset: a fresh one")
     add("--stop", nargs="+", help="strings that end an answer")
-    add("--batch-size", type=int, help="rows decoded together; unset: the prompts, at most 8")
+    add("--batch-size", type=int, help="rows decoded together; unset: as many as needed, up to 8")
     add("--max-seq-len", type=int, help="prompt + answer; unset: the model's, at most 8192")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     add("--device", help="unset: cuda if there is one, else cpu")
@@ -952,35 +1093,83 @@ def run(args: argparse.Namespace) -> None:
         stop=args.stop,
         max_tokens=args.max_new_tokens,
     )
-    if args.profile:
-        open(args.profile, "w").close()  # refused now rather than after the run
+    check_options(args)
+    llm = llm_without_weights(args)
+    chat, needs, bad = uses_chat(llm.tokenizer, args), step_needs([params]), 0
+    if args.prompts:
+        good, bad, needs = check_file(llm, args.prompts, params, chat)
+        rows = (row for _, row in read_rows(llm, args.prompts, params, chat))
+        stream = llm.run((row for row in rows if isinstance(row, Request)), needs)
+        outputs = write_answers(args.output, in_order(stream), good)
+    elif args.interactive:
+        outputs = converse(llm, params, args.prompt or [])
+    else:
+        texts = args.prompt or [DEFAULT_PROMPT]
+        named = ((text, f"prompt {i}") for i, text in enumerate(texts))
+        requests = [prompt_request(llm, text, params, chat, name) for text, name in named]
+        outputs = show(llm.run(requests), texts)
+    llm.load()
+    if not llm.k:
+        print("fastspec: no speculator: plain decoding, one token per step", file=sys.stderr)
+    if llm.compiled:
+        print("fastspec: compiling the decode step, about a minute unless cached", file=sys.stderr)
+    llm.engine.warm_up(needs[0])
+    with profiler(args.profile):
+        text = summary(outputs, args.speculator if llm.k else None, not args.interactive)
+    print(text, file=sys.stderr)
+    if bad:
+        raise ValueError(f"{args.prompts}: {bad} of {good + bad} rows were not run")
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Refuse what does not go together, and files that could not be written after the run."""
     if args.revision and not args.checkpoint:
         raise ValueError("--revision needs --checkpoint")
     if not args.speculator and (args.num_draft_tokens or args.speculator_revision):
         raise ValueError("--num-draft-tokens and --speculator-revision need --speculator")
-    speculative = None
+    if bool(args.prompts) != bool(args.output):
+        raise ValueError("--prompts and --output need each other")
+    if args.prompts and (args.prompt or args.interactive):
+        raise ValueError("--prompts goes without --prompt and --interactive")
+    if args.interactive and args.chat is False:
+        raise ValueError("--interactive needs the chat template: leave out --no-chat")
+    if args.prompts and not os.path.isfile(args.prompts):
+        raise ValueError(f"{args.prompts}: no such file (it is read twice, so a pipe will not do)")
+    if args.output and os.path.isfile(args.output) and os.path.getsize(args.output):
+        raise ValueError(f"{args.output}: not empty; name another file, or delete this one")
+    for file in (args.output, args.profile):
+        if file:
+            open(file, "a").close()
+
+
+def llm_without_weights(args: argparse.Namespace) -> LLM:
+    speculative, target = None, args.checkpoint
     if args.speculator:
         speculative = {"model": args.speculator, "revision": args.speculator_revision}
         speculative["num_speculative_tokens"] = args.num_draft_tokens
-    llm = LLM(
-        args.checkpoint or demo_checkpoint(),
+        target = target or target_of(args.speculator, args.speculator_revision)
+    rows = 8 if args.prompts else 1 if args.interactive else min(len(args.prompt or [""]), 8)
+    return LLM(
+        target or demo_checkpoint(),
         speculative,
         dtype=args.dtype,
         device=args.device,
-        batch_size=min(len(args.prompt), 8) if args.batch_size is None else args.batch_size,
+        batch_size=rows if args.batch_size is None else args.batch_size,
         max_seq_len=args.max_seq_len,
         compile=args.compile,
         revision=args.revision,
+        load=False,
     )
-    prompts = [chat_ids(llm.tokenizer, text, args.chat) for text in args.prompt]
-    stream = llm.stream(prompts, params)
-    if not llm.engine.k:
-        print("fastspec: no speculator: plain decoding, one token per step", file=sys.stderr)
-    if llm.engine.compiled:
-        print("fastspec: compiling the decode step, about a minute unless cached", file=sys.stderr)
-    with profiler(args.profile):
-        outputs = show(stream, args.prompt)
-    print(summary(outputs, args.speculator if llm.engine.k else None), file=sys.stderr)
+
+
+def target_of(speculator: str, revision: str | None) -> str:
+    """The target that a speculator's config names, or that is known by the speculator's name."""
+    config = read_json(local_checkpoint(speculator, revision) / "config.json")
+    target = config.get("base_model_name_or_path") or TARGETS.get(Path(speculator).name)
+    if not isinstance(target, str):
+        raise ValueError(f"{speculator}: its config.json does not name a target; give --checkpoint")
+    print(f"fastspec: the target is {target}, which {speculator} is for", file=sys.stderr)
+    return target
 
 
 def demo_checkpoint() -> Path:
@@ -992,50 +1181,210 @@ def demo_checkpoint() -> Path:
         raise ValueError(str(error)) from None
 
 
-def chat_ids(tokenizer: Tokenizer | None, prompt: str, chat: bool | None) -> str | list[int]:
-    """The prompt as one user turn of the chat template; as it is where there is no template."""
-    has_template = tokenizer is not None and tokenizer.chat_template is not None
-    if chat is False or (chat is None and not has_template):
-        return prompt
-    if not has_template:
-        raise ValueError("this checkpoint has no chat template; use --no-chat")
-    text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}])
-    return tokenizer.encode(text, add_special_tokens=False)
+# one prompt or several
 
 
-def show(stream: Iterator, prompts: list[str]) -> list[RequestOutput]:
-    """Print one answer as it comes, several in the order of their prompts; returns them all."""
-    outputs: dict[int, RequestOutput] = {}
-    printed = 0
-    for index, piece, output in stream:
-        if len(prompts) == 1:
-            print(piece, end="" if output is None else "\n", flush=True)
+def uses_chat(tokenizer: Tokenizer | None, args: argparse.Namespace) -> bool:
+    """Whether prompts go through the chat template."""
+    if tokenizer is not None and tokenizer.chat_template is not None:
+        return args.chat is not False
+    if args.chat or args.interactive:
+        advice = "use --no-chat" if args.chat else "--interactive needs one"
+        raise ValueError(f"this checkpoint has no chat template; {advice}")
+    return False
+
+
+def prompt_request(
+    llm: LLM, prompt: str | list[int], params: SamplingParams, chat: bool, name: str
+) -> Request:
+    """The request of a prompt: token ids, or a text that `chat` makes a user's turn."""
+    if chat and isinstance(prompt, str):
+        return llm.chat_request([{"role": "user", "content": prompt}], params, name)
+    return llm.request(prompt, params, name)
+
+
+def show(stream: Iterator, prompts: list[str]) -> Iterator[RequestOutput]:
+    """Print one answer as it comes, several in the order of their prompts."""
+    if len(prompts) > 1:
+        for prompt, output in zip(prompts, in_order(stream), strict=True):
+            print(f">>> {prompt}\n{output.outputs[0].text}\n", flush=True)
+            yield output
+        return
+    for _, piece, output in stream:
+        print(piece, end="" if output is None else "\n", flush=True)
         if output is not None:
-            outputs[index] = output
-        while len(prompts) > 1 and printed in outputs:
-            print(f">>> {prompts[printed]}\n{outputs[printed].outputs[0].text}\n", flush=True)
-            printed += 1
-    return [outputs[i] for i in sorted(outputs)]
+            yield output
 
 
-def summary(outputs: list[RequestOutput], speculator: str | None) -> str:
-    """What the run did, in a few lines."""
-    tokens = sum(len(o.outputs[0].token_ids) for o in outputs)
-    steps = sum(o.steps for o in outputs)
-    decode_time = sum(o.decode_time for o in outputs)
-    decoded = tokens - len(outputs)  # each answer's first token comes from its prefill
-    heads = [sum(head) for head in zip(*(o.accepted_per_head for o in outputs), strict=True)]
-    first = sorted(o.time_to_first_token for o in outputs)[len(outputs) // 2]
+# files of prompts
+
+
+def check_file(
+    llm: LLM, path: str, params: SamplingParams, chat: bool
+) -> tuple[int, int, tuple[bool, bool]]:
+    """How many rows can be run, how many not (which are reported), and what their steps need."""
+    good, bad, needs = 0, 0, set()
+    for line, row in read_rows(llm, path, params, chat):
+        if isinstance(row, Request):
+            good += 1
+            needs.add(step_needs([row.params]))
+        else:
+            bad += 1
+            print(f"fastspec: {path}:{line}: {row}", file=sys.stderr)
+    if not good:
+        raise ValueError(f"{path}: no row to run")
+    return good, bad, tuple(map(any, zip(*needs, strict=True)))
+
+
+def read_rows(
+    llm: LLM, path: str, params: SamplingParams, chat: bool
+) -> Iterator[tuple[int, Request | str]]:
+    """Line number of every row, with its request or what is wrong with it."""
+    with open(path, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                try:
+                    row = read_row(llm, line, number, params, chat)
+                except (ValueError, RecursionError) as error:
+                    row = one_line(error)
+                yield number, row
+
+
+def read_row(llm: LLM, line: bytes, number: int, params: SamplingParams, chat: bool) -> Request:
+    """The request of one row: its own sampling fields, else those of `params`."""
+    try:
+        row = json.loads(line.rstrip())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"expected a JSON object, found {type(row).__name__}")
+    known = [f.name for f in fields(SamplingParams)]
+    if unknown := row.keys() - {"id", "prompt", "messages", *known}:
+        known = ", ".join(["id", "prompt", "messages", *known])
+        raise ValueError(f"{min(unknown)!r} is not supported; supported: {known}")
+    if ("prompt" in row) == ("messages" in row):
+        raise ValueError("expected either prompt or messages")
+    if not isinstance(id := row.get("id", number), str | int):
+        raise ValueError(f"id {id!r} is neither text nor an integer")
+    params = replace(params, **{name: row[name] for name in known if name in row})
+    if "messages" in row:
+        request = llm.chat_request(row["messages"], params, "the conversation")
+    else:
+        request = prompt_request(llm, row["prompt"], params, chat, "the prompt")
+    return replace(request, id=id)
+
+
+def write_answers(path: str, outputs: Iterator, total: int) -> Iterator[RequestOutput]:
+    """Append each of `total` outputs to a file of JSON lines as it comes."""
+    # Half of a surrogate pair, which an id may hold, is written as JSON's own escape.
+    with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
+        for output in tqdm(outputs, total=total, unit="row", disable=None):
+            answer = output.outputs[0]
+            row = {
+                "id": output.request_id,
+                "text": answer.text,
+                "token_ids": answer.token_ids,
+                "finish_reason": answer.finish_reason,
+                "prompt_tokens": len(output.prompt_token_ids),
+                "steps": output.steps,
+            }
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.flush()
+            yield output
+
+
+# a conversation
+
+
+def converse(llm: LLM, params: SamplingParams, first: list[str]) -> Iterator[RequestOutput]:
+    """Answer the turns of `first` and then those typed, each in the light of those before."""
+    print("fastspec: Ctrl-C stops an answer; /reset starts over; Ctrl-D leaves", file=sys.stderr)
+    messages: list[dict] = []
+    for turn in read_turns(first):
+        if turn.strip() == "/reset":
+            messages = []
+            continue
+        asked = [*messages, {"role": "user", "content": turn}]
+        try:
+            stream = llm.chat_stream(asked, params)
+        except ValueError as error:
+            print(f"fastspec: {one_line(error)}; /reset starts over", file=sys.stderr)
+            continue
+        said = ""
+        with interrupts() as interrupted:
+            for _, piece, output in stream:
+                print(piece, end="", flush=True)
+                said += piece
+                if output is None and interrupted.is_set():
+                    break
+            stream.close()
+        print(flush=True)
+        messages = [*asked, {"role": "assistant", "content": said}]
+        if output is not None:
+            yield output
+
+
+def read_turns(first: list[str]) -> Iterator[str]:
+    """Turns until the input ends or one is /exit; those given, then lines of standard input."""
+    yield from first
+    with suppress(ImportError):
+        import readline  # noqa: F401 (gives `input` line editing)
+    at_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    while True:
+        try:
+            turn = input("> " if at_terminal else "")
+        except KeyboardInterrupt:
+            print(file=sys.stderr)
+            continue
+        except EOFError:
+            return
+        if turn.strip() == "/exit":
+            return
+        if turn.strip():
+            yield turn
+
+
+@contextmanager
+def interrupts() -> Iterator[threading.Event]:
+    """An event that Ctrl-C sets, instead of breaking off whatever runs at that moment."""
+    event = threading.Event()
+    before = signal.signal(signal.SIGINT, lambda *_: event.set())
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+# what was done
+
+
+def summary(outputs: Iterable[RequestOutput], speculator: str | None, together: bool) -> str:
+    """What the run did, in a few lines, once all its outputs have come; `together`: also the
+    tokens/s of all rows."""
+    start, first, heads = time.perf_counter(), [], []
+    tokens = steps = decode_time = 0
+    for output in outputs:
+        first.append(output.time_to_first_token)
+        tokens += len(output.outputs[0].token_ids)
+        steps += output.steps
+        decode_time += output.decode_time
+        accepted = output.accepted_per_head
+        heads = [sum(pair) for pair in zip(heads or [0] * len(accepted), accepted, strict=True)]
+    if not first:
+        return ""
+    decoded = tokens - len(first)  # each answer's first token comes from its prefill
     lines = [
         f"tokens               {tokens}",
         f"tokens/s             {decoded / max(decode_time, 1e-9):.1f} per sequence",
         f"tokens per step      {decoded / max(steps, 1):.2f}",
-        f"time to first token  {first * 1000:.0f} ms",
+        f"time to first token  {sorted(first)[len(first) // 2] * 1000:.0f} ms",
         f"speculator           {speculator or 'none'}",
     ]
     if heads:
         rates = "  ".join(f"{head / max(steps, 1):.2f}" for head in heads)
         lines.insert(3, f"accepted per head    {rates}")
+    if together and len(first) > 1:
+        lines[1] += f", {tokens / (time.perf_counter() - start):.1f} in all"
     return "\n" + "\n".join(lines)
 
 

@@ -2,15 +2,23 @@
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from zipfile import ZipFile
 
 import pytest
+import tokenizers
 import torch
 import torch.nn as nn
 from safetensors.torch import save_file
+
+import fastspec
+from fastspec import LLM, SamplingParams
+from tokenizer import load_tokenizer
 
 # Tiny models: threads that wait for each other cost more than they give.
 torch.set_num_threads(1)
@@ -221,3 +229,177 @@ def speculator_dir(tmp_path_factory):
     directory = tmp_path_factory.mktemp("speculator")
     tiny_speculator(directory)
     return directory
+
+
+# ---- checkpoints that speak ----
+# One with random weights, for texts that must be equal. And a llama made by hand that tells a fixed
+# STORY, each token leading to the next, with speculators that know the story (or two thirds of it),
+# for everything about text. Both have one byte-level BPE tokenizer.
+
+STORY_VOCAB = 400
+END, USER, ANSWER = range(3)  # ids of the special tokens
+SPECIAL = ["<|end|>", "<|user|>", "<|answer|>"]
+STORY = " one two three four five é€😀 six seven eight nine ten"
+TEMPLATE = (
+    "{% for m in messages %}"
+    "{% if m['role'] == 'user' %}<|user|>{{ m['content'] }}"
+    "{% else %}<|answer|>{{ m['content'] }}<|end|>{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|answer|>{% endif %}"
+)
+
+
+def save_tokenizer(directory, **config):
+    """A byte-level BPE whose tokens include the words of STORY, with <|end|> as its eos."""
+    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = byte_level, tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=STORY_VOCAB,
+        special_tokens=SPECIAL,
+        initial_alphabet=byte_level.alphabet(),
+        show_progress=False,
+    )
+    words = " one two three four five six seven eight nine ten"
+    tokenizer.train_from_iterator([words] * 20, trainer)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    config = {"eos_token": "<|end|>"} | config
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def story_ids(directory):
+    ids = load_tokenizer(directory).encode(STORY)
+    assert len(set(ids)) == len(ids) == 20  # ten words, a space, and the nine bytes of é€😀
+    return ids
+
+
+def story_successors(directory):
+    """The id after each id: a prompt's last token leads into the story, the story to <|end|>."""
+    ids = story_ids(directory)
+    after = torch.full((STORY_VOCAB,), ids[0])
+    after[ids] = torch.tensor([*ids[1:], END])
+    return after
+
+
+def save_story(directory):
+    """A one-layer llama of one-hot embeddings: attention and feed-forward add 0, and the output
+    layer gives the next token of the story a logit of about 20, every other token 0."""
+    save_tokenizer(directory)
+    config = {
+        "model_type": "llama",
+        "vocab_size": STORY_VOCAB,
+        "hidden_size": STORY_VOCAB,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 128,
+        "eos_token_id": END,
+    }
+    (directory / "config.json").write_text(json.dumps(config))
+    layer, square = "model.layers.0.", torch.zeros(STORY_VOCAB, STORY_VOCAB)
+    head = square.clone()
+    head[story_successors(directory), torch.arange(STORY_VOCAB)] = 1.0
+    tensors = {
+        "model.embed_tokens.weight": torch.eye(STORY_VOCAB),
+        "model.norm.weight": torch.ones(STORY_VOCAB),
+        "lm_head.weight": head,
+        layer + "input_layernorm.weight": torch.ones(STORY_VOCAB),
+        layer + "post_attention_layernorm.weight": torch.ones(STORY_VOCAB),
+        layer + "mlp.gate_proj.weight": torch.zeros(8, STORY_VOCAB),
+        layer + "mlp.up_proj.weight": torch.zeros(8, STORY_VOCAB),
+        layer + "mlp.down_proj.weight": torch.zeros(STORY_VOCAB, 8),
+    }
+    tensors |= {layer + f"self_attn.{x}_proj.weight": square.clone() for x in "qkvo"}
+    save_file(tensors, directory / "model.safetensors")
+
+
+def save_story_speculator(directory, after):
+    """A speculator whose heads ignore the state and draft `after` [V] of the last token."""
+    directory.mkdir()
+    config = {
+        "model_type": "mlp_speculator",
+        "emb_dim": STORY_VOCAB,
+        "inner_dim": STORY_VOCAB,
+        "n_predict": 3,
+        "vocab_size": STORY_VOCAB,
+        "tie_weights": True,
+    }
+    (directory / "config.json").write_text(json.dumps(config))
+    head = torch.zeros(STORY_VOCAB, STORY_VOCAB)
+    head[after, torch.arange(STORY_VOCAB)] = 1.0
+    tensors = {
+        "emb.0.weight": torch.eye(STORY_VOCAB),
+        "head.0.weight": head,
+        "ln.0.weight": torch.ones(STORY_VOCAB),
+        "ln.0.bias": torch.zeros(STORY_VOCAB),
+        "proj.0.weight": torch.zeros(STORY_VOCAB, STORY_VOCAB),
+        "proj.1.weight": torch.zeros(STORY_VOCAB, STORY_VOCAB),
+    }
+    save_file(tensors, directory / "model.safetensors")
+
+
+@pytest.fixture(scope="session")
+def dirs(tmp_path_factory):
+    """Every checkpoint that speaks; `bare` is `random` without tokenizer files."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    d = SimpleNamespace(**{name: root / name for name in ("random", "bare", "story", "draft")})
+    d.right, d.partly = root / "right", root / "partly"
+    tiny_llama(d.random, vocab_size=STORY_VOCAB, max_position_embeddings=256)
+    shutil.copytree(d.random, d.bare)
+    save_tokenizer(d.random, chat_template=TEMPLATE)
+    tiny_speculator(d.draft, vocab_size=STORY_VOCAB)
+    d.story.mkdir()
+    save_story(d.story)
+    after = story_successors(d.story)
+    save_story_speculator(d.right, after)
+    after[story_ids(d.story)[::3]] = USER  # every third draft is wrong
+    save_story_speculator(d.partly, after)
+    return d
+
+
+@pytest.fixture
+def copy(dirs, tmp_path):
+    """Makes a copy of a checkpoint, with keys of its JSON files changed or added."""
+
+    def make(name, **files):
+        directory = tmp_path / name
+        shutil.copytree(getattr(dirs, name), directory)
+        for stem, values in files.items():
+            file = directory / f"{stem}.json"
+            old = json.loads(file.read_text()) if file.exists() else {}
+            file.write_text(json.dumps(old | values))
+        return directory
+
+    return make
+
+
+def load(directory, speculator=None, k=None, **options):
+    config = speculator and {"model": str(speculator), "num_speculative_tokens": k}
+    return LLM(directory, config, dtype="float32", device="cpu", **options)
+
+
+def greedy(**options):
+    return SamplingParams(**({"temperature": 0, "max_tokens": 60} | options))
+
+
+def answer(llm, prompt="Q", params=None):
+    return llm.generate(prompt, params or greedy())[0].outputs[0]
+
+
+def run_main(capsys, *argv):
+    """Exit code, stdout and stderr of main in this process."""
+    options = ["--dtype", "float32", "--device", "cpu"]
+    code = fastspec.main([*options, *map(str, argv)])
+    return code, *capsys.readouterr()
+
+
+def printed(capsys, *argv):
+    """What a run that succeeds prints; its stderr is not of interest."""
+    code, out, err = run_main(capsys, *argv)
+    assert code == 0, err
+    return out
+
+
+def assert_one_line(result, message):
+    code, out, err = result
+    assert (code, out) == (1, "")
+    assert re.fullmatch(rf"fastspec: [^\n]*(?:{message})[^\n]*\n", err), err

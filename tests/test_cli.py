@@ -1,174 +1,40 @@
-"""LLM and the command line, from checkpoint directories to text, in float32 on the CPU.
-
-Two kinds of checkpoint, with one byte-level BPE tokenizer. A random llama, for texts that must be
-equal. And a llama made by hand that tells a fixed STORY, each token leading to the next, with
-speculators that know the story (or two thirds of it), for everything about text.
-"""
+"""LLM and the command line, from checkpoint directories to text, in float32 on the CPU."""
 
 import json
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import huggingface_hub
 import numpy as np
 import pytest
-import tokenizers
 import torch
-from conftest import tiny_llama, tiny_speculator
+from conftest import (
+    ANSWER,
+    END,
+    STORY,
+    STORY_VOCAB,
+    USER,
+    answer,
+    assert_one_line,
+    greedy,
+    load,
+    printed,
+    run_main,
+    save_tokenizer,
+    tiny_llama,
+    tiny_speculator,
+)
 from huggingface_hub.utils import filter_repo_objects
-from safetensors.torch import save_file
 
 import fastspec
 from fastspec import LLM, SamplingParams
 from tokenizer import load_tokenizer
 
-VOCAB = 400
-END, USER, ANSWER = range(3)  # ids of the special tokens
-SPECIAL = ["<|end|>", "<|user|>", "<|answer|>"]
-STORY = " one two three four five é€😀 six seven eight nine ten"
-TEMPLATE = (
-    "{% for m in messages %}<|user|>{{ m['content'] }}{% endfor %}"
-    "{% if add_generation_prompt %}<|answer|>{% endif %}"
-)
 REPOSITORY = Path(fastspec.__file__).parent
-
-
-# ---- checkpoints ----
-
-
-def save_tokenizer(directory, **config):
-    """A byte-level BPE whose tokens include the words of STORY, with <|end|> as its eos."""
-    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = byte_level, tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=VOCAB,
-        special_tokens=SPECIAL,
-        initial_alphabet=byte_level.alphabet(),
-        show_progress=False,
-    )
-    words = " one two three four five six seven eight nine ten"
-    tokenizer.train_from_iterator([words] * 20, trainer)
-    tokenizer.save(str(directory / "tokenizer.json"))
-    config = {"eos_token": "<|end|>"} | config
-    (directory / "tokenizer_config.json").write_text(json.dumps(config))
-
-
-def story_ids(directory):
-    ids = load_tokenizer(directory).encode(STORY)
-    assert len(set(ids)) == len(ids) == 20  # ten words, a space, and the nine bytes of é€😀
-    return ids
-
-
-def story_successors(directory):
-    """The id after each id: a prompt's last token leads into the story, the story to <|end|>."""
-    ids = story_ids(directory)
-    after = torch.full((VOCAB,), ids[0])
-    after[ids] = torch.tensor([*ids[1:], END])
-    return after
-
-
-def save_story(directory):
-    """A one-layer llama of one-hot embeddings: attention and feed-forward add 0, and the output
-    layer gives the next token of the story a logit of about 20, every other token 0."""
-    save_tokenizer(directory)
-    config = {
-        "model_type": "llama",
-        "vocab_size": VOCAB,
-        "hidden_size": VOCAB,
-        "intermediate_size": 8,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 128,
-        "eos_token_id": END,
-    }
-    (directory / "config.json").write_text(json.dumps(config))
-    layer, square = "model.layers.0.", torch.zeros(VOCAB, VOCAB)
-    head = square.clone()
-    head[story_successors(directory), torch.arange(VOCAB)] = 1.0
-    tensors = {
-        "model.embed_tokens.weight": torch.eye(VOCAB),
-        "model.norm.weight": torch.ones(VOCAB),
-        "lm_head.weight": head,
-        layer + "input_layernorm.weight": torch.ones(VOCAB),
-        layer + "post_attention_layernorm.weight": torch.ones(VOCAB),
-        layer + "mlp.gate_proj.weight": torch.zeros(8, VOCAB),
-        layer + "mlp.up_proj.weight": torch.zeros(8, VOCAB),
-        layer + "mlp.down_proj.weight": torch.zeros(VOCAB, 8),
-    }
-    tensors |= {layer + f"self_attn.{x}_proj.weight": square.clone() for x in "qkvo"}
-    save_file(tensors, directory / "model.safetensors")
-
-
-def save_story_speculator(directory, after):
-    """A speculator whose heads ignore the state and draft `after` [V] of the last token."""
-    directory.mkdir()
-    config = {
-        "model_type": "mlp_speculator",
-        "emb_dim": VOCAB,
-        "inner_dim": VOCAB,
-        "n_predict": 3,
-        "vocab_size": VOCAB,
-        "tie_weights": True,
-    }
-    (directory / "config.json").write_text(json.dumps(config))
-    head = torch.zeros(VOCAB, VOCAB)
-    head[after, torch.arange(VOCAB)] = 1.0
-    tensors = {
-        "emb.0.weight": torch.eye(VOCAB),
-        "head.0.weight": head,
-        "ln.0.weight": torch.ones(VOCAB),
-        "ln.0.bias": torch.zeros(VOCAB),
-        "proj.0.weight": torch.zeros(VOCAB, VOCAB),
-        "proj.1.weight": torch.zeros(VOCAB, VOCAB),
-    }
-    save_file(tensors, directory / "model.safetensors")
-
-
-@pytest.fixture(scope="module")
-def dirs(tmp_path_factory):
-    """Every checkpoint of this module; `bare` is `random` without tokenizer files."""
-    root = tmp_path_factory.mktemp("checkpoints")
-    d = SimpleNamespace(**{name: root / name for name in ("random", "bare", "story", "draft")})
-    d.right, d.partly = root / "right", root / "partly"
-    tiny_llama(d.random, vocab_size=VOCAB, max_position_embeddings=256)
-    shutil.copytree(d.random, d.bare)
-    save_tokenizer(d.random, chat_template=TEMPLATE)
-    tiny_speculator(d.draft, vocab_size=VOCAB)
-    d.story.mkdir()
-    save_story(d.story)
-    after = story_successors(d.story)
-    save_story_speculator(d.right, after)
-    after[story_ids(d.story)[::3]] = USER  # every third draft is wrong
-    save_story_speculator(d.partly, after)
-    return d
-
-
-@pytest.fixture
-def copy(dirs, tmp_path):
-    """Makes a copy of a checkpoint, with keys of its JSON files changed or added."""
-
-    def make(name, **files):
-        directory = tmp_path / name
-        shutil.copytree(getattr(dirs, name), directory)
-        for stem, values in files.items():
-            file = directory / f"{stem}.json"
-            old = json.loads(file.read_text()) if file.exists() else {}
-            file.write_text(json.dumps(old | values))
-        return directory
-
-    return make
-
-
-def load(directory, speculator=None, k=None, **options):
-    config = speculator and {"model": str(speculator), "num_speculative_tokens": k}
-    return LLM(directory, config, dtype="float32", device="cpu", **options)
 
 
 @pytest.fixture(scope="module")
@@ -185,14 +51,6 @@ def llms(dirs):
 @pytest.fixture(params=["plain", "right", "partly", "partly, k = 1"])
 def llm(llms, request):
     return llms[request.param]
-
-
-def greedy(**options):
-    return SamplingParams(**({"temperature": 0, "max_tokens": 60} | options))
-
-
-def answer(llm, prompt="Q", params=None):
-    return llm.generate(prompt, params or greedy())[0].outputs[0]
 
 
 # ---- prompts and parameters of the Python API ----
@@ -257,7 +115,7 @@ def test_a_checkpoint_without_tokenizer_takes_ids(dirs):
         bare.generate([3, 4], greedy(stop="x"))
 
 
-@pytest.mark.parametrize("bad", [VOCAB, -1, 10**12, 1.5, None])
+@pytest.mark.parametrize("bad", [STORY_VOCAB, -1, 10**12, 1.5, None])
 def test_what_is_no_token_id_is_refused(llms, bad):
     with pytest.raises(ValueError, match=rf"^prompt 1: {bad} is not a token id of 0\.\.399$"):
         llms["plain"].generate([[1, 2], [1, bad]])
@@ -497,10 +355,40 @@ def test_only_the_files_that_are_used_are_fetched(hub):
     options = hub[0][1]
     used = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json"]
     used += ["tokenizer.json", "chat_template.jinja", "generation_config.json"]
+    used += ["tokenizer.model", "original/tokenizer.model", "added_tokens.json"]
+    used += ["vocab.json", "merges.txt"]
     unused = ["pytorch_model.bin", "original/params.json", "onnx/model.safetensors", "README.md"]
     unused += ["consolidated.safetensors", "adapter_model.safetensors"]
     kept = filter_repo_objects(used + unused, allow_patterns=options["allow_patterns"])
     assert list(kept) == used
+    assert len(hub) == 1
+
+
+def test_bin_files_are_fetched_where_there_are_no_safetensors(hub, dirs, tmp_path):
+    """Which is known from what the first request brought, so that a cache will do."""
+    dirs.bin = tmp_path
+    assert fastspec.local_checkpoint("org/bin") == tmp_path
+    patterns = [options["allow_patterns"] for _, options in hub]
+    files = ["config.json", "pytorch_model.bin", "pytorch_model-00001-of-00002.bin"]
+    files += ["pytorch_model.bin.index.json", "training_args.bin", "optimizer.bin"]
+    assert [list(filter_repo_objects(files, allow_patterns=p)) for p in patterns] == [
+        files[:1],
+        files[:4],
+    ]
+
+
+@pytest.mark.parametrize("weights", ["model.safetensors", "pytorch_model.bin"])
+def test_the_cache_of_the_hub_is_enough_offline(tmp_path, monkeypatch, weights):
+    snapshot = tmp_path / "models--org--small" / "snapshots" / "0123abcd"
+    snapshot.mkdir(parents=True)
+    (snapshot / weights).touch()
+    (refs := tmp_path / "models--org--small" / "refs").mkdir()
+    (refs / "main").write_text("0123abcd")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert fastspec.local_checkpoint("org/small") == snapshot
+    with pytest.raises(ValueError, match="org/large: no such directory, and the hub said: "):
+        fastspec.local_checkpoint("org/large")
 
 
 def test_a_local_directory_asks_nothing_of_the_hub(hub, dirs):
@@ -545,20 +433,6 @@ def test_dtype_auto_on_a_cpu_asks_for_its_instructions(dirs, monkeypatch, native
 # ---- the command line ----
 
 
-def run_main(capsys, *argv):
-    """Exit code, stdout and stderr of main in this process."""
-    options = ["--dtype", "float32", "--device", "cpu"]
-    code = fastspec.main([*options, *map(str, argv)])
-    return code, *capsys.readouterr()
-
-
-def printed(capsys, *argv):
-    """What a run that succeeds prints; its stderr is not of interest."""
-    code, out, err = run_main(capsys, *argv)
-    assert code == 0, err
-    return out
-
-
 def figures(err):
     """The lines of the summary by their names."""
     pairs = (re.split(r" {2,}", line, maxsplit=1) for line in err.splitlines() if "  " in line)
@@ -590,7 +464,7 @@ def test_pieces_are_printed_as_they_come(capsys):
         assert capsys.readouterr().out == "one"
         yield 0, " two", output
 
-    assert fastspec.show(stream(), ["Q"]) == [output]
+    assert list(fastspec.show(stream(), ["Q"])) == [output]
     assert capsys.readouterr().out == " two\n"
 
 
@@ -745,12 +619,6 @@ def test_a_failed_script_prints_one_line_and_no_traceback(tmp_path):
     assert re.fullmatch(rf"fastspec: {where}: no such directory, [^\n]*\n", done.stderr)
 
 
-def assert_one_line(result, message):
-    code, out, err = result
-    assert (code, out) == (1, "")
-    assert re.fullmatch(rf"fastspec: [^\n]*(?:{message})[^\n]*\n", err), err
-
-
 BAD_OPTIONS = {
     "temperature below 0": (["--temperature", -1], "temperature -1.0 is out of range"),
     "top_p 0": (["--top-p", 0], "top_p 0.0 is out of range"),
@@ -884,6 +752,7 @@ def test_nothing_is_read_before_the_checks(capsys, dirs, copy, monkeypatch):
     assert run_main(capsys, *base, dirs.right, "--batch-size", 10**9)[0] == 1
     assert run_main(capsys, *base, dirs.right, "--max-seq-len", 129)[0] == 1
     assert run_main(capsys, *base, dirs.right, "--num-draft-tokens", 4)[0] == 1
+    assert run_main(capsys, *base, dirs.right, "--prompt", "Q", "Q" * 128)[0] == 1
 
 
 @pytest.mark.parametrize(
@@ -924,7 +793,7 @@ def test_an_interrupt_is_no_traceback(capsys, dirs, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(LLM, "stream", interrupt)
+    monkeypatch.setattr(fastspec.Engine, "prefill", interrupt)
     code, out, _ = run_main(capsys, "--checkpoint", dirs.story)
     assert (code, out) == (130, "")
 

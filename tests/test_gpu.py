@@ -84,6 +84,9 @@ def test_no_prompt_length_compiles_or_captures_anything(engine):
     params = SamplingParams(temperature=0, max_tokens=4)
     for length in [*range(1, 20), 63, 64, 65, 255, 256, 257, 1000, 1023, 1024, 1025, 1500, 2000]:
         run(engine, [prompt(length)], params)
+    for length in (100, 100, 300):  # from nothing, from its last token, from the 100 before
+        request = Request(prompt(300)[:length], params, 0, [], goes_on=True)
+        assert sum(len(event.tokens) for event in decode_loop(engine, [request])) == 4
     assert compiled_so_far() == before and list(engine.prefill_graphs) == graphs
 
 
