@@ -200,7 +200,8 @@ def largest_threshold(p: Tensor, enough) -> Tensor:
 
 # --- the engine --------------------------------------------------------------------------------
 
-PREFILL_SIZES = (64, 256, 1024)
+PREFILL_SIZES = (64, 256, 1024)  # tokens of one prompt
+PREFILL_ROWS = 32  # prompts computed together
 HEADER = 4  # columns of a result before its tokens: request, tokens emitted, accepted, done
 
 
@@ -295,7 +296,7 @@ class Engine(nn.Module):
         self.ahead = int(weight.is_cuda)  # launches queued behind the one whose result is read
         self.packets: list[Packet] = []  # free pinned buffers
         self.prefill_graphs: dict[int, tuple] = {}  # padded size -> see capture_prefill
-        self.warm: set[bool] = set()  # which of the plain and the noisy step are compiled
+        self.warm: set[tuple[bool, bool]] = set()  # which (noisy, filtered) steps are compiled
 
     # draft, verify, accept, commit
 
@@ -358,58 +359,73 @@ class Engine(nn.Module):
     # what the host calls
 
     @torch.inference_mode()
-    def prefill(
-        self, row: int, number: int, request: Request, noisy: bool, filtered: bool
-    ) -> Packet:
-        """Put request `number` into a row; the packet holds its first token."""
-        prompt = to_device(torch.tensor(request.prompt), self.kv.device)
-        P, rows = len(prompt), slice(row, row + 1)
-        start = self.cached_prefix(row, prompt) if request.goes_on else 0
-        self.length[row] = start + 1  # what is cached, should an interrupt end this
-        self.set_row(row, number, request)
-        last = self.prefill_hidden(row, prompt, start)
-        position = torch.full_like(prompt[None, :1], P)
-        token = self.choose(self.model.logits(last), position, rows, noisy, filtered)[0]  # [1]
-        done = (token == self.stop_ids[row]).any() | (self.limit[row] <= P + 1)
-        self.tokens[row, :P], self.tokens[row, P] = prompt, token[0]
-        self.length[row], self.hidden[row], self.done[row] = P + 1, last[0, 0], done
-        header = torch.stack((self.request[row], one := torch.ones_like(position[0, 0]), one - 1))
-        self.result[row, : HEADER + 1] = torch.cat((header, done.long()[None], token))
-        return self.read_result()
+    def prefill(self, rows: list[int], numbers: list[int], requests: list[Request]) -> None:
+        """Put requests into rows. All of a prompt but its last token is cached: the next step
+        starts at that token and chooses the first one of the answer."""
+        together: list[tuple[int, Tensor]] = []
+        for row, number, request in zip(rows, numbers, requests, strict=True):
+            prompt = to_device(torch.tensor(request.prompt), self.kv.device)
+            start = self.cached_prefix(row, prompt) if request.goes_on else 0
+            self.length[row] = start + 1  # what is cached, should an interrupt end this
+            self.set_row(row, number, request)
+            if start or len(rows) == 1:
+                self.prefill_rows([row], [prompt], start)
+            else:
+                together.append((row, prompt))
+        together.sort(key=lambda pair: len(pair[1]))  # little padding
+        for at in range(0, len(together), PREFILL_ROWS):
+            group, prompts = zip(*together[at : at + PREFILL_ROWS], strict=True)
+            self.prefill_rows(list(group), list(prompts), 0)
 
     def cached_prefix(self, row: int, prompt: Tensor) -> int:
-        """How many first tokens of a prompt [P] the row's cache holds from the request before, all
-        but the last at most: its hidden state is needed. Waits for the device."""
-        n = min(int(self.length[row]), len(prompt)) - 1
+        """How many first tokens of a prompt [P] the row's cache holds from the request before, at
+        most P - 2: a hidden state is needed, too. Waits for the device."""
+        n = min(int(self.length[row]), max(len(prompt) - 1, 1)) - 1
         return int((self.tokens[row, :n] == prompt[:n]).long().cumprod(0).sum())
 
-    def prefill_hidden(self, row: int, prompt: Tensor, start: int) -> Tensor:
-        """Cache a prompt [P] from `start`; returns the hidden state of its last token [1, 1, D].
+    def prefill_rows(self, rows: list[int], prompts: list[Tensor], start: int) -> None:
+        """Cache prompts [P] from `start` but for their last tokens, and start their rows there."""
+        for row, prompt in zip(rows, prompts, strict=True):
+            self.tokens[row, : len(prompt)] = prompt
+        where = to_device(torch.tensor(rows), self.kv.device)
+        lengths = [len(prompt) for prompt in prompts]
+        self.hidden[where] = self.prefill_hidden(where, lengths, start)
+        self.length[where] = to_device(torch.tensor(lengths), self.kv.device)
+        self.done[where] = False
 
-        A compiled engine on a GPU pads a prompt to one of a few captured sizes; a longer prompt or
-        one that goes on, and any other engine, runs eagerly in chunks: no length compiles or
-        captures anything.
+    def prefill_hidden(self, rows: Tensor, lengths: list[int], start: int) -> Tensor:
+        """Cache what `tokens` holds of prompts, but for their last tokens, in `rows` [R]; returns
+        the hidden states [R, D] before these (zeros for a prompt of one token: poor drafts).
+
+        A compiled engine on a GPU pads one prompt to one of a few captured sizes; several, longer
+        ones or one that goes on, and any other engine, run eagerly in chunks: no length compiles
+        or captures anything.
         """
-        P = len(prompt)
-        for size, (graph, tokens, last_index, rows, last) in self.prefill_graphs.items():
-            if size >= P and start == 0:
-                tokens[:P], last_index[0], rows[0] = prompt, P - 1, row
+        longest = max(lengths) - 1
+        for size, (graph, tokens, last, row, hidden) in self.prefill_graphs.items():
+            if len(rows) == 1 and start == 0 < longest <= size:
+                row.copy_(rows)
+                last.fill_(longest - 1)
+                tokens[:, :longest] = self.tokens[rows, :longest]
                 graph.replay()
-                return last
-        rows = torch.full_like(prompt[:1], row)
-        for at in range(start, P, PREFILL_SIZES[-1]):
-            chunk = prompt[at : at + PREFILL_SIZES[-1]]
-            before = self.kv[:, :, row : row + 1, :, :at]
-            hidden = self.prefill_chunk(chunk, at, rows, before)
-        return hidden[:, -1:]
+                return hidden[:, 0]
+        last = to_device(torch.tensor(lengths), rows.device) - 2  # position before the last token
+        found = torch.zeros_like(self.hidden[rows])
+        for at in range(start, longest, PREFILL_SIZES[-1]):
+            stop = min(at + PREFILL_SIZES[-1], longest)
+            before = self.kv[..., :at, :].index_select(2, rows)
+            hidden = self.prefill_chunk(self.tokens[rows, at:stop], at, rows, before)  # [R C D]
+            here = hidden[torch.arange(len(rows)), (last - at).clamp(0, stop - at - 1)]  # [R D]
+            found = torch.where(((at <= last) & (last < stop))[:, None], here, found)
+        return found
 
     def prefill_chunk(self, tokens: Tensor, start: int, rows: Tensor, before: Tensor) -> Tensor:
-        """Hidden states [1, C, D] of prompt tokens [C] at `start`, cached in row `rows` [1]."""
-        stop = start + len(tokens)
-        positions = torch.arange(start, stop, device=tokens.device)[None]
-        causal = torch.ones(len(tokens), len(tokens), dtype=torch.bool, device=tokens.device).tril()
-        hidden, new_kv = self.model(tokens[None], positions, before, positions[:, 0], causal)
-        self.kv[..., start:stop, :].index_copy_(2, rows, new_kv)
+        """Hidden states [R, C, D] of prompt tokens [R, C] at `start`, cached in `rows` [R]."""
+        R, C = tokens.shape
+        positions = torch.arange(start, start + C, device=tokens.device).expand(R, -1)
+        causal = torch.ones(C, C, dtype=torch.bool, device=tokens.device).tril()
+        hidden, new_kv = self.model(tokens, positions, before, positions[:, 0], causal)
+        self.kv[..., start : start + C, :].index_copy_(2, rows, new_kv)
         return hidden
 
     @torch.inference_mode()
@@ -418,7 +434,7 @@ class Engine(nn.Module):
         hidden state). Not compiled: that would double the start-up time for little."""
         no_cache = self.kv[:, :, :1, :, :0]
         for size in [size for size in PREFILL_SIZES if size <= self.kv.shape[-2]]:
-            tokens, numbers = self.tokens.new_zeros(size), self.tokens.new_zeros(2, 1)
+            tokens, numbers = self.tokens.new_zeros(1, size), self.tokens.new_zeros(2, 1)
             self.prefill_chunk(tokens, 0, numbers[1], no_cache)  # warm-up
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
@@ -434,19 +450,18 @@ class Engine(nn.Module):
             self.decode_step(int(self.length.max()) - 1, noisy, filtered)
         return self.read_result()
 
-    def warm_up(self, noisy: bool) -> None:
+    def warm_up(self, noisy: bool, filtered: bool) -> None:
         """Compile and capture what a run needs, on a throwaway request in row 0."""
-        if not self.compiled or noisy in self.warm:
+        if not self.compiled or (noisy, filtered) in self.warm:
             return
         if self.kv.is_cuda and not self.prefill_graphs:
             self.capture_prefill()
         params = SamplingParams(temperature=float(noisy), max_tokens=None)
+        self.prefill([0], [-1], [Request([0], params, 0, [])])
         for _ in range(3):  # compile, capture, replay
-            request = Request([0], params, 0, [])
-            self.wait(self.prefill(0, -1, request, noisy, noisy))
-            self.wait(self.step(noisy, noisy))
+            self.wait(self.step(noisy, filtered))
         self.stop_row(0)
-        self.warm.add(noisy)
+        self.warm.add((noisy, filtered))
 
     def set_row(self, row: int, number: int, request: Request) -> None:
         """Sampling settings and limits of a request, into the state of its row."""
@@ -488,11 +503,11 @@ class Engine(nn.Module):
 
 @dataclass
 class Progress:
-    """What one step (or the prefill, where accepted is None) gave one request."""
+    """What one step gave one request."""
 
     request: int
     tokens: list[int]
-    accepted: int | None  # drafts among the tokens
+    accepted: int  # drafts among the tokens
     done: bool
     since_start: float  # seconds since the request's prefill began
     cancel: bool = False  # set by the consumer to end the request here
@@ -510,33 +525,35 @@ def decode_loop(
     if engine.busy:
         raise ValueError("this engine is generating already; finish or close that stream first")
     noisy, filtered = needs or step_needs(r.params for r in requests)
-    filtered = noisy and (engine.compiled or filtered)
     queue, free = enumerate(requests), list(range(engine.batch_size))
     running: dict[int, tuple[int, float]] = {}  # row -> (request, start)
-    in_flight: deque[tuple[Packet, list[int], bool]] = deque()
+    in_flight: deque[tuple[Packet, list[int]]] = deque()
+    worth_it = max(engine.batch_size // 16, 1)  # free rows: a wide batch refills several at once
     engine.busy = True
     try:
-        engine.warm_up(noisy)
+        engine.warm_up(noisy, filtered)
         waiting = next(queue, None)
         while waiting or running:
-            if waiting and free:
-                row, (number, request) = free.pop(0), waiting
-                running[row] = (number, time.perf_counter())
-                packet = engine.prefill(row, number, request, noisy, filtered)
-                in_flight.append((packet, [row], True))
-                waiting = next(queue, None)
-            else:
-                in_flight.append((engine.step(noisy, filtered), list(running), False))
+            if waiting and (len(free) >= worth_it or not running):
+                rows, numbers, new = [], [], []
+                while waiting and free:
+                    rows.append(free.pop(0))
+                    numbers.append(waiting[0])
+                    new.append(waiting[1])
+                    waiting = next(queue, None)
+                start = time.perf_counter()
+                running |= {row: (n, start) for row, n in zip(rows, numbers, strict=True)}
+                engine.prefill(rows, numbers, new)
+            in_flight.append((engine.step(noisy, filtered), list(running)))
             if len(in_flight) <= engine.ahead:
                 continue
-            packet, rows, is_prefill = in_flight.popleft()
+            packet, rows = in_flight.popleft()
             results = engine.wait(packet)
             for row in rows:
                 number, emitted, accepted, done, *tokens = results[row]
                 if row not in running or running[row][0] != number:
                     continue
                 since = time.perf_counter() - running[row][1]
-                accepted = None if is_prefill else accepted
                 progress = Progress(number, tokens[:emitted], accepted, bool(done), since)
                 yield progress
                 if progress.cancel and not done:
@@ -557,7 +574,7 @@ def step_needs(params: Iterable[SamplingParams]) -> tuple[bool, bool]:
     noisy = filtered = False
     for p in params:
         noisy |= p.temperature > 0
-        filtered |= p.top_p < 1 or p.top_k > 0 or p.min_p > 0
+        filtered |= p.temperature > 0 and (p.top_p < 1 or p.top_k > 0 or p.min_p > 0)
     return noisy, filtered
 
 
@@ -582,14 +599,15 @@ class RequestOutput:
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
     request_id: str | int | None = None
-    steps: int = 0  # decode steps; the first token comes from the prefill
+    steps: int = 0  # decode steps
     accepted_per_head: list[int] = field(default_factory=list)  # of the tokens, one draft a step
     time_to_first_token: float = 0.0  # seconds
-    decode_time: float = 0.0  # seconds, first token to last
+    decode_time: float = 0.0  # seconds, from the first step's end to the last one's
+    decode_tokens: int = 0  # of those steps
 
     @property
     def tokens_per_step(self) -> float:
-        return (len(self.outputs[0].token_ids) - 1) / max(self.steps, 1)
+        return len(self.outputs[0].token_ids) / max(self.steps, 1)
 
 
 class Answer:
@@ -626,11 +644,12 @@ class Answer:
         return piece
 
     def count(self, progress: Progress) -> None:
-        if progress.accepted is None:
-            self.output.time_to_first_token = progress.since_start
-            return
         self.output.steps += 1
-        self.output.decode_time = progress.since_start - self.output.time_to_first_token
+        if self.output.steps == 1:
+            self.output.time_to_first_token = progress.since_start
+        else:
+            self.output.decode_time = progress.since_start - self.output.time_to_first_token
+            self.output.decode_tokens += len(progress.tokens)
         for head in range(progress.accepted):
             self.output.accepted_per_head[head] += 1
 
@@ -1113,7 +1132,7 @@ def run(args: argparse.Namespace) -> None:
         print("fastspec: no speculator: plain decoding, one token per step", file=sys.stderr)
     if llm.compiled:
         print("fastspec: compiling the decode step, about a minute unless cached", file=sys.stderr)
-    llm.engine.warm_up(needs[0])
+    llm.engine.warm_up(*needs)
     with profiler(args.profile):
         text = summary(outputs, args.speculator if llm.k else None, not args.interactive)
     print(text, file=sys.stderr)
@@ -1362,21 +1381,21 @@ def summary(outputs: Iterable[RequestOutput], speculator: str | None, together: 
     """What the run did, in a few lines, once all its outputs have come; `together`: also the
     tokens/s of all rows."""
     start, first, heads = time.perf_counter(), [], []
-    tokens = steps = decode_time = 0
+    tokens = steps = decode_time = decode_tokens = 0
     for output in outputs:
         first.append(output.time_to_first_token)
         tokens += len(output.outputs[0].token_ids)
         steps += output.steps
         decode_time += output.decode_time
+        decode_tokens += output.decode_tokens
         accepted = output.accepted_per_head
         heads = [sum(pair) for pair in zip(heads or [0] * len(accepted), accepted, strict=True)]
     if not first:
         return ""
-    decoded = tokens - len(first)  # each answer's first token comes from its prefill
     lines = [
         f"tokens               {tokens}",
-        f"tokens/s             {decoded / max(decode_time, 1e-9):.1f} per sequence",
-        f"tokens per step      {decoded / max(steps, 1):.2f}",
+        f"tokens/s             {decode_tokens / max(decode_time, 1e-9):.1f} per sequence",
+        f"tokens per step      {tokens / max(steps, 1):.2f}",
         f"time to first token  {sorted(first)[len(first) // 2] * 1000:.0f} ms",
         f"speculator           {speculator or 'none'}",
     ]

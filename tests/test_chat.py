@@ -43,7 +43,7 @@ def make_engine(modules, request):
         prefill_chunk = engine.prefill_chunk
 
         def noting(tokens, start, *rest):
-            engine.computed.append((start, start + len(tokens)))
+            engine.computed.append((start, start + tokens.shape[1]))
             return prefill_chunk(tokens, start, *rest)
 
         engine.prefill_chunk = noting
@@ -143,10 +143,10 @@ def test_only_a_request_that_goes_on_reuses_anything(make_engine):
     """And what other requests left in the row counts, whoever they were."""
     engine = make_engine()
     answer = ask(engine, FIRST)
-    for goes_on, start in ((False, 0), (True, len(FIRST) - 1)):
+    for goes_on, start in ((False, 0), (True, len(FIRST) - 2)):
         engine.computed.clear()
         assert ask(engine, FIRST, goes_on=goes_on) == answer
-        assert engine.computed == [(start, len(FIRST))]
+        assert engine.computed == [(start, len(FIRST) - 1)]
 
 
 @pytest.mark.parametrize("chunks", [0, 1, 2])
@@ -180,7 +180,7 @@ def test_sampled_turns_are_those_of_a_fresh_run(make_engine):
     engine = make_engine()
     prompt = [*FIRST, *sample(engine, FIRST), 1, 2]
     assert sample(engine, prompt) == sample(make_engine(), prompt)
-    assert engine.computed[-1] == (len(prompt) - 3, len(prompt))
+    assert engine.computed[-1] == (len(prompt) - 3, len(prompt) - 1)
 
 
 def test_a_conversation_up_to_the_last_slot(make_engine):

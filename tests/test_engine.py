@@ -52,9 +52,8 @@ def run(engine, prompts, params=None, stop_ids=(), seed=0):
     tokens, steps, accepted = ([[] for _ in prompts], [0] * len(prompts), [0] * len(prompts))
     for event in decode_loop(engine, requests):
         tokens[event.request] += event.tokens
-        if event.accepted is not None:
-            steps[event.request] += 1
-            accepted[event.request] += event.accepted
+        steps[event.request] += 1
+        accepted[event.request] += event.accepted
     return tokens, steps, accepted
 
 
@@ -68,18 +67,18 @@ def test_greedy_equals_transformers(model, speculator, greedy, k, batch_size):
 
 @pytest.mark.parametrize("k", [1, 2, 3, 7])
 def test_right_drafts_are_all_accepted_in_the_fewest_steps(model, greedy, k):
-    """The first token comes from the prefill, then each step emits k + 1."""
+    """Each step emits k + 1."""
     engine = engine_for(model, Scripted(script_for(PROMPTS, greedy), VOCAB), k, batch_size=5)
     tokens, steps, _ = run(engine, PROMPTS)
     assert tokens == greedy
-    assert steps == [-(-(NEW - 1) // (k + 1))] * 5
+    assert steps == [-(-NEW // (k + 1))] * 5
 
 
 def test_wrong_drafts_are_never_accepted(model, greedy):
     engine = engine_for(model, Scripted(script_for(PROMPTS, greedy), VOCAB, 1), batch_size=5)
     tokens, steps, accepted = run(engine, PROMPTS)
     assert tokens == greedy
-    assert steps == [NEW - 1] * 5 and accepted == [0] * 5
+    assert steps == [NEW] * 5 and accepted == [0] * 5
 
 
 def test_a_draft_after_a_wrong_one_is_never_accepted(model, greedy):
@@ -88,7 +87,7 @@ def test_a_draft_after_a_wrong_one_is_never_accepted(model, greedy):
     tokens, steps, _ = run(engine, PROMPTS)
     assert tokens == greedy
     for prompt, count in zip(PROMPTS, steps, strict=True):
-        position, expected = len(prompt), 0  # of the last token
+        position, expected = len(prompt) - 1, 0  # of the last token
         while position < len(prompt) + NEW - 1:
             position += min((-position - 1) % 4, 3) + 1
             expected += 1
@@ -122,7 +121,7 @@ def test_same_seed_same_text_whatever_the_speculation_and_batch(model, speculato
 
 def test_right_drafts_are_accepted_when_sampling(model):
     """The script of a sampled run is accepted whole: target choices depend on position alone."""
-    params = SamplingParams(temperature=0.9, top_p=0.9, max_tokens=121)
+    params = SamplingParams(temperature=0.9, top_p=0.9, max_tokens=120)
     expected, _, _ = run(engine_for(model), PROMPTS, params, seed=5)
     scripted = Scripted(script_for(PROMPTS, expected), VOCAB)
     tokens, steps, _ = run(engine_for(model, scripted, batch_size=5), PROMPTS, params, seed=5)
@@ -233,15 +232,13 @@ def test_prompt_longer_than_the_largest_prefill_size(model, speculator, greedy, 
 
 @pytest.mark.parametrize("ahead", [0, 1])
 def test_launches_queued_behind_the_result_that_is_read(model, speculator, greedy, ahead):
-    """On a GPU one launch (here: a prefill or a step) is queued when the one before is read."""
+    """On a GPU one step is queued when the one before is read."""
     engine, launched, read = engine_for(model, speculator, batch_size=2), [], []
-    prefill, step, wait = engine.prefill, engine.step, engine.wait
+    step, wait = engine.step, engine.wait
     engine.ahead = ahead
-    engine.prefill = lambda *args: launched.append("prefill") or prefill(*args)
     engine.step = lambda *flags: launched.append("step") or step(*flags)
     engine.wait = lambda packet: read.append(len(launched)) or wait(packet)
     assert run(engine, PROMPTS)[0] == greedy
-    assert launched.count("prefill") == len(PROMPTS)
     # The n-th result is read with n + ahead launches made; what is left at the end is drained.
     assert read[: len(read) - ahead] == [n + 1 + ahead for n in range(len(read) - ahead)]
     assert len(read) == len(launched)

@@ -52,7 +52,7 @@ def run(engine, prompts, params):
     requests = [Request(p, params, 7 + i, []) for i, p in enumerate(prompts)]
     for event in decode_loop(engine, requests):
         tokens[event.request] += event.tokens
-        accepted += event.accepted or 0
+        accepted += event.accepted
     return tokens, accepted
 
 
@@ -67,8 +67,8 @@ def compiled_so_far():
 @pytest.mark.parametrize("noisy", [False, True])
 def test_step_is_a_single_graph_replay(engine, noisy):
     params = SamplingParams(temperature=0.8 * noisy, top_p=0.9, max_tokens=500)
-    engine.warm_up(noisy)
-    engine.wait(engine.prefill(0, 0, Request(prompt(20), params, 0, []), noisy, noisy))
+    engine.warm_up(noisy, noisy)
+    engine.prefill([0], [0], [Request(prompt(20), params, 0, [])])
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
         for _ in range(5):
@@ -79,11 +79,12 @@ def test_step_is_a_single_graph_replay(engine, noisy):
 
 
 def test_no_prompt_length_compiles_or_captures_anything(engine):
-    engine.warm_up(False)
+    engine.warm_up(False, False)
     before, graphs = compiled_so_far(), list(engine.prefill_graphs)
     params = SamplingParams(temperature=0, max_tokens=4)
     for length in [*range(1, 20), 63, 64, 65, 255, 256, 257, 1000, 1023, 1024, 1025, 1500, 2000]:
         run(engine, [prompt(length)], params)
+        run(engine, [prompt(length), prompt(30)], params)
     for length in (100, 100, 300):  # from nothing, from its last token, from the 100 before
         request = Request(prompt(300)[:length], params, 0, [], goes_on=True)
         assert sum(len(event.tokens) for event in decode_loop(engine, [request])) == 4

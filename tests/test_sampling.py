@@ -354,7 +354,7 @@ def draw(engine, settings):
     tokens, accepted = [[] for _ in requests], []
     for event in decode_loop(engine, requests):
         tokens[event.request] += event.tokens
-        accepted += [] if event.accepted is None else [event.accepted]
+        accepted.append(event.accepted)
     return torch.tensor(tokens), accepted
 
 
