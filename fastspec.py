@@ -143,14 +143,13 @@ def gumbel(bits: Tensor) -> Tensor:
     return -torch.log(-torch.log1p(-v))
 
 
-def noise(seed: Tensor, position: Tensor, vocab_size: int) -> Tensor:
-    """Gumbel noise [B, n, V] of the tokens at absolute `position` [B, n], for `seed` [B]."""
+def noise(seed: Tensor, position: Tensor, token: Tensor) -> Tensor:
+    """Gumbel noise [B, n, V] of tokens [V] at absolute `position` [B, n], for `seed` [B]."""
     seed, position = seed[:, None], position.int()
     low, high = wrap_int32(seed), wrap_int32(seed >> 32)
     a = mix(mix(low + position * -1640531527) ^ high)  # two words per (seed, position), so that
     b = mix(mix(high - position * 1013904223) + a)  # no two positions share shifted noise
-    token = torch.arange(vocab_size, device=seed.device, dtype=torch.int32)
-    return gumbel(mix(mix(token + a[..., None]) ^ b[..., None]))
+    return gumbel(mix(mix(token.int() + a[..., None]) ^ b[..., None]))
 
 
 def wrap_int32(x: Tensor) -> Tensor:
@@ -312,9 +311,7 @@ class Engine(nn.Module):
             candidates = torch.cat((last, self.draft(last[:, 0], root, noisy)), dim=1)  # [B N]
         positions = root[:, None] + self.depth  # [B N]
         hidden, new_kv = self.model(candidates, positions, kv, root, self.ancestors, self.attend)
-        sampled = self.choose(
-            self.model.logits(hidden), positions + 1, slice(None), noisy, filtered
-        )
+        sampled = self.choose(self.model.logits(hidden), positions + 1, None, noisy, filtered)
 
         room = torch.where(self.done, 0, self.limit - self.length)
         emitted, accepted, stopped = count_emitted(candidates[:, 1:], sampled, self.stop_ids, room)
@@ -325,21 +322,23 @@ class Engine(nn.Module):
         """Draft tokens [B, k], chosen with the noise that the target will meet at their positions:
         the two then agree far more often than independent draws would."""
 
-        def choose(logits: Tensor, position: Tensor) -> Tensor:
-            return self.choose(logits[:, None], position[:, None], slice(None), noisy, False)[:, 0]
+        def choose(logits: Tensor, position: Tensor, ids: Tensor | None) -> Tensor:
+            return self.choose(logits[:, None], position[:, None], ids, noisy, False)[:, 0]
 
         return self.speculator.draft(self.hidden, last, root, self.k, choose)
 
     def choose(
-        self, logits: Tensor, position: Tensor, rows: slice, noisy: bool, filtered: bool
+        self, logits: Tensor, position: Tensor, ids: Tensor | None, noisy: bool, filtered: bool
     ) -> Tensor:
-        """Token [B, n] for each absolute position [B, n] from float32 logits [B, n, V]."""
+        """Column [B, n] for each absolute position [B, n] from float32 logits [B, n, V] of the
+        tokens `ids` [V]; None: of all."""
         if noisy:
-            T, seed = self.temperature[rows], self.seed[rows]
-            scores = logits + T[:, None, None] * noise(seed, position, logits.shape[-1])
+            T = self.temperature
+            ids = torch.arange(logits.shape[-1], device=logits.device) if ids is None else ids
+            scores = logits + T[:, None, None] * noise(self.seed, position, ids)
             if filtered:
-                filters = (s[rows] for s in (self.top_k, self.top_p, self.min_p))
-                scores = torch.where(kept_tokens(logits, T, *filters), scores, -torch.inf)
+                keep = kept_tokens(logits, T, self.top_k, self.top_p, self.min_p)
+                scores = torch.where(keep, scores, -torch.inf)
             logits = scores
         return logits.argmax(-1)
 

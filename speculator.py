@@ -36,11 +36,13 @@ class SpeculatorArgs:
     top_k_tokens_per_head: tuple[int, ...] = ()
     n_candidates: int | None = None
     base_model: str | None = None
+    draft_vocab_size: int | None = None  # None: every token can be drafted
 
     @classmethod
     def from_config(cls, config: dict) -> "SpeculatorArgs":
         """Args from a parsed config.json. An absent `tie_weights` or `scale_input` means False
-        and inner_dim 0 means emb_dim, as in the reference. Raises ValueError naming the field.
+        and inner_dim 0 means emb_dim, as in the reference; `draft_vocab_size` is an addition to
+        the format. Raises ValueError naming the field.
         """
         if (kind := config.get("model_type")) != "mlp_speculator":
             raise ValueError(
@@ -65,16 +67,20 @@ class SpeculatorArgs:
             )
         if (n_candidates := config.get("n_candidates")) is not None:
             _integer(config, "n_candidates", most=MOST)
+        vocab_size = _integer(config, "vocab_size")
+        if (draft_vocab_size := config.get("draft_vocab_size")) is not None:
+            _integer(config, "draft_vocab_size", most=vocab_size)
         return cls(
             emb_dim=emb_dim,
             inner_dim=_integer(config, "inner_dim", least=0) or emb_dim,
             n_predict=n_predict,
-            vocab_size=_integer(config, "vocab_size"),
+            vocab_size=vocab_size,
             tie_weights=_flag(config, "tie_weights"),
             scale_input=_flag(config, "scale_input"),
             top_k_tokens_per_head=tuple(top_k),
             n_candidates=n_candidates,
             base_model=base_model,
+            draft_vocab_size=draft_vocab_size,
         )
 
 
@@ -117,7 +123,14 @@ def rms(x: Tensor) -> Tensor:
 
 
 class MLPSpeculator(nn.Module):
-    """n_predict heads; head i predicts the (i+1)-th token after the last one."""
+    """n_predict heads; head i predicts the (i+1)-th token after the last one.
+
+    With a draft vocabulary, only the tokens `draft_ids` have rows of their own in emb and head:
+    all others share the last row of emb, and are never drafted.
+    """
+
+    draft_ids: Tensor | None
+    emb_row: Tensor | None
 
     def __init__(self, args: SpeculatorArgs):
         super().__init__()
@@ -127,12 +140,22 @@ class MLPSpeculator(nn.Module):
         state_weight = 0.5 ** (0.5 / n)
         self.token_scale = math.sqrt((1 - state_weight**2) * W / 2) / state_weight
         copies = 1 if args.tie_weights else n
-        self.emb = nn.ModuleList([nn.Embedding(V, W) for _ in range(copies)])
+        drafted = args.draft_vocab_size or V
+        rows = drafted + 1 if args.draft_vocab_size else V
+        self.emb = nn.ModuleList([nn.Embedding(rows, W) for _ in range(copies)])
         self.ln = nn.ModuleList([LayerNorm(W) for _ in range(copies)])
-        self.head = nn.ModuleList([nn.Linear(W, V, bias=False) for _ in range(copies)])
+        self.head = nn.ModuleList([nn.Linear(W, drafted, bias=False) for _ in range(copies)])
         # proj[0] maps the target's width; tied heads share one projection after it.
         rest = [nn.Linear(W, W, bias=False) for _ in range(min(n - 1, copies))]
         self.proj = nn.ModuleList([nn.Linear(D, W, bias=False), *rest])
+        self.register_buffer("draft_ids", None)  # [drafted], ascending
+        self.register_buffer("emb_row", None)  # [V], token -> row of emb
+
+    def set_draft_ids(self, ids: Tensor) -> None:
+        """Name the tokens [drafted] of the draft vocabulary, ascending."""
+        row = torch.full((self.args.vocab_size,), len(ids), device=ids.device)
+        row[ids] = torch.arange(len(ids), device=ids.device)
+        self.draft_ids, self.emb_row = ids, row
 
     def start(self, hidden: Tensor) -> Tensor:
         """State before the first head, from the target's final-norm hidden state [B, D]."""
@@ -141,7 +164,8 @@ class MLPSpeculator(nn.Module):
         return hidden
 
     def step(self, i: int, state: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
-        """State [B, W] and float32 logits [B, V] of head i after `token` [B]."""
+        """State [B, W] and float32 logits [B, V or drafted] of head i after `token` [B]."""
+        token = token if self.emb_row is None else self.emb_row[token]
         shared = 0 if self.args.tie_weights else i
         proj = self.proj[min(i, len(self.proj) - 1)]
         state = proj(state) + self.token_scale * self.emb[shared](token)
@@ -154,18 +178,19 @@ class MLPSpeculator(nn.Module):
         token: Tensor,
         position: Tensor,
         k: int,
-        choose: Callable[[Tensor, Tensor], Tensor] = lambda logits, _: logits.argmax(-1),
+        choose: Callable[..., Tensor] = lambda logits, position, ids: logits.argmax(-1),
     ) -> Tensor:
         """A chain of k <= n_predict draft tokens, int64 [B, k].
 
         hidden [B, D]: the target's hidden state after its final norm, at the position whose
-        logits gave `token` [B], which stands at `position` [B]; choose(logits [B, V], position
-        [B]) picks the token for a position.
+        logits gave `token` [B], which stands at `position` [B]; choose(logits [B, V or drafted],
+        position [B], draft_ids) picks a column of the logits for a position.
         """
         state, drafts = self.start(hidden), []
         for i in range(k):
             state, logits = self.step(i, state, token)
-            token = choose(logits, position + i + 1)
+            token = choose(logits, position + i + 1, self.draft_ids)
+            token = token if self.draft_ids is None else self.draft_ids[token]
             drafts.append(token)
         return torch.stack(drafts, dim=1)
 
@@ -192,10 +217,29 @@ def load_speculator(
     with torch.device("meta"):
         model = MLPSpeculator(args).to(dtype)
     found = _map_weights(directory)
+    ids = _draft_ids(directory, found, args)
     _check(directory, found, _tensor_names(model))
     model.to_empty(device=device)
+    if ids is not None:
+        model.set_draft_ids(ids.to(device))
     _copy_tensors(found, _tensor_names(model), progress)
     return model.eval().requires_grad_(False)
+
+
+def _draft_ids(where: Path, found: dict, args: SpeculatorArgs) -> Tensor | None:
+    """Take `draft_ids` out of what was found, if config.json has a draft vocabulary."""
+    if args.draft_vocab_size is None:
+        return None
+    if "draft_ids" not in found:
+        raise ValueError(f"{where}: config.json says draft_vocab_size, but draft_ids is missing")
+    file, stored, ids = found.pop("draft_ids")
+    good = ids.shape == (args.draft_vocab_size,) and ids.dtype in (torch.int32, torch.int64)
+    if not good or ids[0] < 0 or ids[-1] >= args.vocab_size or (ids.diff() <= 0).any():
+        raise ValueError(
+            f"{file}: {stored} must be {args.draft_vocab_size} ascending token ids (int32), "
+            f"found {list(ids.shape)} of {ids.dtype}"
+        )
+    return ids.long()
 
 
 def _tensor_names(model: MLPSpeculator) -> dict[str, Tensor]:

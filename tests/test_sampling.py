@@ -71,7 +71,7 @@ def test_gumbel_falls_with_the_word():
 def test_noise_has_the_mean_and_variance_of_gumbel():
     """Over n = 10^6 draws the mean has standard deviation sigma / 1000, and the sample variance
     sigma^2 sqrt((kurtosis 5.4 - 1) / n); at five of them a right one fails once in 10^6."""
-    g = noise(torch.arange(4), torch.arange(25).expand(4, -1), 10_000).double()
+    g = noise(torch.arange(4), torch.arange(25).expand(4, -1), torch.arange(10_000)).double()
     n, variance = g.numel(), math.pi**2 / 6
     assert n == 10**6
     assert abs(g.mean() - 0.5772156649) < 5 * math.sqrt(variance / n)
@@ -99,7 +99,7 @@ def test_draws_reach_the_tail():
     at the low end too. Five standard deviations of a Poisson count: once in 10^5."""
     counts, n = torch.zeros(2), 0
     for start in range(0, 312, 8):
-        g = noise(torch.tensor([77]), start + torch.arange(8)[None], BIG)
+        g = noise(torch.tensor([77]), start + torch.arange(8)[None], torch.arange(BIG))
         counts += torch.stack([(g > t).sum() for t in (10, 14)])
         n += g.numel()
     for count, t in zip(counts.tolist(), (10, 14), strict=True):
@@ -113,10 +113,10 @@ SEEDS = torch.tensor([0, 1, 2, 2**31, 2**32, 2**32 + 1, 2**62, 2**63 - 1])
 def test_noise_depends_on_seed_position_and_token_alone():
     """Not on the batch, on the number of positions in the call, or on the vocabulary's size."""
     positions = torch.tensor([[0, 5, 6, 7, 131071]]) + torch.arange(len(SEEDS))[:, None]
-    together = noise(SEEDS, positions, 1000)
+    together = noise(SEEDS, positions, torch.arange(1000))
     for row, seed in enumerate(SEEDS):
         for column, position in enumerate(positions[row]):
-            alone = noise(seed[None], position[None, None], 333)[0, 0]
+            alone = noise(seed[None], position[None, None], torch.arange(333))[0, 0]
             assert torch.equal(together[row, column, :333], alone)
 
 
@@ -125,7 +125,7 @@ def test_noise_of_other_seeds_positions_and_tokens_is_unrelated():
     only in their high or their low half, adjacent positions, and shifts by a token or two: six
     deviations, exceeded once in 10^5 by the 10,000 pairs here."""
     n = 20_000
-    g = noise(SEEDS, torch.arange(8).expand(len(SEEDS), -1), n + 2).flatten(0, 1)
+    g = noise(SEEDS, torch.arange(8).expand(len(SEEDS), -1), torch.arange(n + 2)).flatten(0, 1)
     rows = torch.cat((g[:, :n], g[:, 1 : n + 1], g[:, 2:]))
     correlation = torch.corrcoef(rows.double()).fill_diagonal_(0)
     assert correlation.abs().max() < 6 / math.sqrt(n)
@@ -135,7 +135,7 @@ def test_noise_of_other_seeds_positions_and_tokens_is_unrelated():
 def test_the_high_half_of_a_seed_counts(high):
     """Two words agree by chance once in 2^32, so in 1000 none does."""
     seeds = torch.tensor([5, 5 + high * 2**32])
-    first, second = noise(seeds, torch.tensor([[9], [9]]), 1000)
+    first, second = noise(seeds, torch.tensor([[9], [9]]), torch.arange(1000))
     assert not (first == second).any()
 
 
@@ -143,7 +143,7 @@ def test_no_two_seeds_or_positions_share_shifted_noise():
     """If one word for each (seed, position) were added to the token, some 20 pairs of these 30,000
     would begin less than 100 tokens apart and share all the noise beyond, shifted. No two pieces
     of noise have two successive values in common, but for a chance collision or two."""
-    g = noise(torch.arange(3000), torch.arange(10).expand(3000, -1), 100)
+    g = noise(torch.arange(3000), torch.arange(10).expand(3000, -1), torch.arange(100))
     bits = g.view(torch.int32).long()
     successive = bits[..., :-1] * 2**32 + (bits[..., 1:] & 0xFFFFFFFF)
     assert successive.numel() - len(successive.unique()) < 5
@@ -440,7 +440,7 @@ def peaked_draws():
         logits[share][777] = math.log(share / (1 - share) * (BIG - 1))
     chosen = {share: [] for share in logits}
     for start in range(0, 3400, 4):
-        g = noise(torch.tensor([2024]), start + torch.arange(4)[None], BIG)[0]
+        g = noise(torch.tensor([2024]), start + torch.arange(4)[None], torch.arange(BIG))[0]
         for share, row in logits.items():
             chosen[share].append((row + g).argmax(-1))
     return {share: torch.cat(parts) for share, parts in chosen.items()}

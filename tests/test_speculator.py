@@ -140,7 +140,7 @@ def test_choose_gets_the_logits_and_position_of_each_draft_and_decides_it(tmp_pa
     model, (hidden, token) = load_speculator(tmp_path), hidden_states()
     calls = []
 
-    def choose(logits, position):
+    def choose(logits, position, ids):
         calls.append((logits, position.tolist()))
         return second_best(logits, position)
 

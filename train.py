@@ -1,0 +1,607 @@
+"""Train an MLP speculator for a target model, in the format of the published accelerators.
+
+    python train.py --checkpoint TARGET --prompts FILE.jsonl ... --output DIR
+
+Reads downward: prompts, text (the target answers them itself), hidden states, loss, training,
+evaluation, files, the command line. What is done is kept in DIR: the same command goes on where an
+interrupted one stopped.
+
+Letters in shape comments:
+    B sequences    C tokens of a padded sequence    M positions    n heads    D, W, V as elsewhere
+"""
+
+import argparse
+import gc
+import hashlib
+import json
+import math
+import os
+import random
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from huggingface_hub.utils import tqdm
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from fastspec import (
+    LLM,
+    Engine,
+    Request,
+    SamplingParams,
+    check_messages,
+    decode_loop,
+    local_checkpoint,
+    one_line,
+)
+from model import ModelArgs, Transformer, kv_cache_shape, read_json
+from speculator import MLPSpeculator, SpeculatorArgs, load_speculator
+
+# --- prompts -----------------------------------------------------------------------------------
+
+HELD_OUT = 50  # every 50th prompt is for evaluation only
+MAX_PROMPT = 512  # tokens; longer ones are left out
+FORWARD_TOKENS = 16384  # that the frozen target computes together
+TEMPERATURES = (0.0, 0.8)  # of a prompt's answers, in turn: what speculators meet in use
+
+
+def read_prompts(files: list[str]) -> list[list[dict]]:
+    """Conversations from JSON lines {"prompt": text} or {"messages": [...]}, each once."""
+    found: dict[str, list[dict]] = {}
+    for file in files:
+        with open(file, encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    messages = read_prompt(line, f"{file}:{number}")
+                    found.setdefault(json.dumps(messages), messages)
+    if len(found) < 2:
+        raise ValueError(f"{', '.join(files)}: {len(found)} prompts; at least 2 are needed")
+    prompts = list(found.values())
+    random.Random(0).shuffle(prompts)
+    return prompts
+
+
+def read_prompt(line: str, where: str) -> list[dict]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{where}: not JSON: {error}") from None
+    if not isinstance(row, dict) or ("prompt" in row) == ("messages" in row):
+        raise ValueError(f'{where}: expected an object with either "prompt" or "messages"')
+    if "prompt" in row:
+        row = {"messages": [{"role": "user", "content": row["prompt"]}]}
+    check_messages(row["messages"], where)
+    return row["messages"]
+
+
+# --- text --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Text:
+    """One answer of the target, with the prompt it follows."""
+
+    prompt: list[int]
+    answer: list[int]
+
+    @property
+    def ids(self) -> list[int]:
+        return self.prompt + self.answer
+
+
+def write_text(llm: LLM, requests: list[Request], file: Path, most: float = math.inf) -> list[Text]:
+    """Let the target answer all requests, until there are `most` tokens; what `file` holds of
+    them from an earlier run is not done again."""
+    done = read_text(file, len(requests))
+    total = sum(len(answer) for answer in done.values())
+    todo = [i for i in range(len(requests)) if i not in done]
+    running: dict[int, list[int]] = {}
+
+    def taken() -> Iterator[Request]:
+        for i in todo:
+            if total >= most:
+                return
+            yield requests[i]
+
+    needs = (any(r.params.temperature > 0 for r in requests), False)
+    bar = tqdm(total=len(requests), initial=len(done), desc="text", unit="answer", disable=None)
+    with open(file, "a") as out:
+        if not todo:  # nothing to compile for
+            return [Text(requests[i].prompt, done[i]) for i in sorted(done)]
+        for progress in decode_loop(llm.engine, taken(), needs):
+            running.setdefault(progress.request, []).extend(progress.tokens)
+            if progress.done:
+                number, answer = todo[progress.request], running.pop(progress.request)
+                out.write(json.dumps([number, answer]) + "\n")
+                done[number] = answer
+                total += len(answer)
+                bar.update()
+    bar.close()
+    return [Text(requests[i].prompt, done[i]) for i in sorted(done)]
+
+
+def read_text(file: Path, count: int) -> dict[int, list[int]]:
+    """Answers by request number; a line that an interrupted run left half written is cut off."""
+    done, good = {}, 0
+    if file.exists():
+        with open(file, "rb+") as lines:
+            for line in lines:
+                if not line.endswith(b"\n"):
+                    break
+                number, answer = json.loads(line)
+                done[number] = answer
+                good += len(line)
+            lines.truncate(good)
+    if done and max(done) >= count:
+        raise ValueError(f"{file}: was written for other prompts; choose another --output")
+    return done
+
+
+def make_requests(
+    llm: LLM, prompts: list, args: argparse.Namespace, answers: int = 0, temperatures=TEMPERATURES
+) -> list[Request]:
+    """`answers` requests per prompt, at the temperatures in turn; long prompts are left out."""
+    requests, answers = [], answers or args.answers
+    for i, messages in enumerate(prompts):
+        ids = llm.tokenizer.encode(llm.tokenizer.apply_chat_template(messages), False)
+        room = llm.max_seq_len - len(ids)
+        for j in range(answers if room > 0 and len(ids) <= MAX_PROMPT else 0):
+            params = SamplingParams(
+                temperature=temperatures[j % len(temperatures)],
+                max_tokens=min(args.max_new_tokens, room),
+                seed=args.seed + i * answers + j,
+            )
+            requests.append(llm.request(ids, params, f"prompt {i}"))
+    if not requests:
+        raise ValueError(f"every prompt has more than {MAX_PROMPT} tokens")
+    return requests
+
+
+# --- hidden states -----------------------------------------------------------------------------
+
+
+@dataclass
+class States:
+    """What the target computed where it chose a token of an answer: M positions, text by text."""
+
+    hidden: Tensor  # [M D], after the final norm
+    token: Tensor  # [M], the token that was chosen there
+    end: Tensor  # [M], where the position's text ends
+
+    def examples(self, at: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """For a draft of n tokens from positions `at` [m]: the state [m, D] and the tokens
+        [m, n + 1] that follow it, the target's states [m, n, D] that chose all but the first of
+        these, and which of them are of the same text [m, n]."""
+        where = at[:, None] + torch.arange(n + 1, device=at.device)
+        inside = where < self.end[at, None]
+        where = where.clamp(max=len(self.token) - 1)
+        return self.hidden[at], self.token[where], self.hidden[where[:, 1:]], inside[:, 1:]
+
+
+@torch.no_grad()
+def hidden_states(target: Transformer, texts: list[Text]) -> States:
+    """Run the frozen target over these texts, FORWARD_TOKENS at a time."""
+    device = target.embed.weight.device
+    found: list[tuple[Tensor, Tensor]] = []
+    lengths: list[int] = []
+    todo = sorted(texts, key=lambda text: len(text.ids))  # little padding
+    while todo:
+        rows = max(1, FORWARD_TOKENS // len(todo[-1].ids))
+        batch, todo = todo[-rows:], todo[:-rows]
+        C = len(batch[-1].ids)
+        tokens = torch.tensor([t.ids + [0] * (C - len(t.ids)) for t in batch]).to(device)  # [B C]
+        kv = target.embed.weight.new_zeros(kv_cache_shape(target.args, len(batch), 0))
+        positions = torch.arange(C, device=device).expand(len(batch), -1)
+        causal = torch.ones(C, C, dtype=torch.bool, device=device).tril()
+        hidden, _ = target(tokens, positions, kv, torch.zeros_like(positions[:, 0]), causal)
+        first, stop = torch.tensor([[len(t.prompt), len(t.ids)] for t in batch]).to(device).T
+        chosen = (positions >= first[:, None]) & (positions < stop[:, None])  # answer tokens
+        found.append((hidden[:, :-1][chosen[:, 1:]], tokens[chosen]))
+        lengths += [len(t.answer) for t in batch]
+    sizes = torch.tensor(lengths, device=device)
+    hidden, token = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return States(hidden, token, sizes.cumsum(0).repeat_interleave(sizes))
+
+
+# --- loss --------------------------------------------------------------------------------------
+
+LATER_HEADS = 0.7  # weight of a head beside the one before: it counts only where that was right
+
+
+def soft_cross_entropy(logits: Tensor, teacher: Tensor) -> Tensor:
+    """Cross-entropy [M] of logits [M, V] against the distribution of the teacher's [M, V]."""
+    return -(teacher.float().softmax(-1) * logits.float().log_softmax(-1)).sum(-1)
+
+
+class HeadLosses(nn.Module):
+    """Cross-entropy of every head against the target's own distribution at its position."""
+
+    def __init__(self, speculator: MLPSpeculator, output: Tensor):
+        super().__init__()
+        self.speculator = speculator
+        ids = speculator.draft_ids
+        self.register_buffer("output", output if ids is None else output[ids])  # [V or drafted, D]
+        self.cross_entropy = soft_cross_entropy
+        if output.is_cuda:
+            self.cross_entropy = torch.compile(soft_cross_entropy)
+
+    def forward(self, state: Tensor, tokens: Tensor, teacher: Tensor, inside: Tensor) -> Tensor:
+        """Mean loss [n] of the heads; see States.examples for the arguments."""
+        losses = []
+        state = self.speculator.start(state)
+        for i in range(inside.shape[1]):
+            state, logits = self.speculator.step(i, state, tokens[:, i])
+            with torch.no_grad():
+                wanted = F.linear(teacher[:, i], self.output)
+            loss = self.cross_entropy(logits, wanted) * inside[:, i]
+            losses.append(loss.sum() / inside[:, i].sum().clamp(min=1))
+        return torch.stack(losses)
+
+
+@torch.no_grad()
+def acceptance(speculator: MLPSpeculator, states: States) -> list[float]:
+    """How often head i and those before it are right, drafting greedily at every position."""
+    n, right = speculator.args.n_predict, []
+    for at in torch.arange(len(states.token), device=states.token.device).split(4096):
+        state, tokens, _, inside = states.examples(at, n)
+        drafts = speculator.draft(state.float(), tokens[:, 0], at, n)  # [m n]
+        right.append(((drafts == tokens[:, 1:]) & inside).long().cumprod(1))
+    return torch.cat(right).float().mean(0).tolist()
+
+
+# --- training ----------------------------------------------------------------------------------
+
+
+def new_speculator(args: SpeculatorArgs, texts: list[Text], seed: int, device) -> MLPSpeculator:
+    """Random weights as in IBM's trainer; a draft vocabulary is the most frequent tokens."""
+    torch.manual_seed(seed)
+    speculator = MLPSpeculator(args)
+    for name, param in speculator.named_parameters():
+        if not name.startswith("ln."):
+            nn.init.normal_(param, std=args.inner_dim**-0.5)
+    if args.draft_vocab_size:
+        tokens = torch.tensor([token for text in texts for token in text.answer])
+        counts = tokens.bincount(minlength=args.vocab_size)
+        ids = counts.argsort(descending=True, stable=True)[: args.draft_vocab_size]
+        speculator.set_draft_ids(ids.sort().values)
+    return speculator.to(device)
+
+
+def blocks_of(texts: list[Text], most: int) -> list[list[Text]]:
+    """Texts in blocks whose hidden states fit into memory: at most `most` positions each."""
+    blocks, room = [], 0
+    for text in texts:
+        if len(text.answer) > room:
+            blocks, room = [*blocks, []], most
+        blocks[-1].append(text)
+        room -= len(text.answer)
+    return blocks
+
+
+def schedule(counts: list[int], size: int, seed: int) -> Iterator[tuple[int, Tensor]]:
+    """(block, batch) of every step: each epoch goes through all blocks, of `counts` examples, each
+    shuffled and cut into batches of `size`."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        for block, count in enumerate(counts):
+            order = torch.randperm(count, generator=generator)
+            for batch in order.split(size)[: max(1, count // size)]:
+                yield block, batch
+
+
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    """Linear warm-up over the first 2 %, then a cosine to 5 % of the peak."""
+    warm = max(1, steps // 50)
+    return peak * min((step + 1) / warm, 0.525 + 0.475 * math.cos(math.pi * step / steps))
+
+
+def train(
+    args, target: Transformer, losses: nn.Module, texts: list[Text], held_out: States
+) -> None:
+    """Optimise the speculator of `losses`; `args.output` gets metrics.jsonl and state.pt."""
+    speculator, device = losses.speculator, held_out.hidden.device
+    n = speculator.args.n_predict
+    model = losses if args.world == 1 else DistributedDataParallel(losses, broadcast_buffers=False)
+    optimizer = torch.optim.AdamW(
+        speculator.parameters(), betas=(0.9, 0.95), weight_decay=0.1, fused=device.type == "cuda"
+    )
+    start = load_state(args, speculator, optimizer)
+    weight = LATER_HEADS ** torch.arange(n, device=device)
+    blocks = blocks_of(texts, block_size(target))
+    counts = [sum(len(text.answer) - 1 for text in block) for block in blocks]
+    plan = schedule(counts, args.batch_size, args.seed + args.rank)
+    bar = tqdm(
+        total=args.steps, initial=start, desc="training", unit="step", disable=args.rank > 0 or None
+    )
+    loaded, clock, seen = None, time.perf_counter(), 0
+    for step, (block, batch) in zip(range(args.steps), plan, strict=False):
+        if step < start:
+            continue
+        if block != loaded:
+            states, loaded = hidden_states(target, blocks[block]), block
+            index = torch.arange(len(states.end), device=device)
+            starts = index[index + 1 < states.end]  # a last token has none to draft after it
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args.steps, args.learning_rate)
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            loss = model(*states.examples(starts[batch.to(device)], n))
+        (loss * weight).sum().backward()
+        nn.utils.clip_grad_norm_(speculator.parameters(), 1.0)
+        optimizer.step()
+        bar.update()
+        seen += len(batch) * args.world
+        if (step + 1) % LOG_EVERY == 0 or step + 1 == args.steps:
+            found = loss.tolist()  # waits for the device
+            if not math.isfinite(sum(found)):
+                raise ValueError(f"the loss is {found} at step {step + 1}; lower --learning-rate")
+            now = time.perf_counter()
+            row = {"step": step + 1, "loss": found, "tokens_per_s": round(seen / (now - clock))}
+            row["accepted"] = acceptance(speculator, held_out)
+            clock, seen = now, 0
+            bar.set_postfix_str(f"loss {sum(found):.3f}, {row['tokens_per_s']} tokens/s")
+            if args.rank == 0:
+                with open(args.output / "metrics.jsonl", "a") as file:
+                    file.write(json.dumps(row) + "\n")
+                save_state(args, speculator, optimizer, step + 1)
+    bar.close()
+
+
+LOG_EVERY = 500
+
+
+def block_size(target: Transformer) -> int:
+    """Positions whose hidden states take a quarter of the free GPU memory, or 2 GB on a CPU."""
+    weight = target.embed.weight
+    room = torch.cuda.mem_get_info(weight.device)[0] // 4 if weight.is_cuda else 2 * 10**9
+    return room // (target.args.dim * weight.dtype.itemsize)
+
+
+def save_state(args: argparse.Namespace, speculator, optimizer, step: int) -> None:
+    state = {"step": step, "speculator": speculator.state_dict()}
+    state["optimizer"] = optimizer.state_dict()
+    torch.save(state, args.output / "state.pt.tmp")
+    os.replace(args.output / "state.pt.tmp", args.output / "state.pt")  # whole, or the one before
+
+
+def load_state(args: argparse.Namespace, speculator, optimizer) -> int:
+    """The step to go on from: 0 in a new directory."""
+    if not (file := args.output / "state.pt").exists():
+        return 0
+    state = torch.load(file, map_location="cpu", weights_only=True)
+    speculator.load_state_dict(state["speculator"])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"]
+
+
+# --- evaluation --------------------------------------------------------------------------------
+
+
+def evaluate(target: Transformer, speculator: MLPSpeculator, requests: list[Request]) -> dict:
+    """Real speculative decoding of these requests: tokens per step and acceptance per head."""
+    longest = max(r.params.max_tokens + len(r.prompt) for r in requests)
+    engine = Engine(
+        target,
+        speculator,
+        batch_size=min(len(requests), 64),
+        max_seq_len=longest,
+        num_draft_tokens=speculator.args.n_predict,
+    )
+    steps, accepted, answers = 0, [0] * engine.k, [[] for _ in requests]
+    for progress in decode_loop(engine, requests):
+        steps += 1
+        answers[progress.request] += progress.tokens
+        for head in range(progress.accepted):
+            accepted[head] += 1
+    return {
+        "answers": len(answers),
+        "tokens_per_step": sum(map(len, answers)) / steps,
+        "accepted_per_head": [count / steps for count in accepted],
+        "repetition": sum(map(repeated, answers)) / max(1, sum(map(len, answers))),
+    }
+
+
+def repeated(answer: list[int], n: int = 8) -> int:
+    """Tokens that end an n-gram which the answer held before: loops raise acceptance."""
+    grams = [tuple(answer[i : i + n]) for i in range(len(answer) - n + 1)]
+    return len(grams) - len(set(grams))
+
+
+# --- files -------------------------------------------------------------------------------------
+
+
+def save_speculator(speculator: MLPSpeculator, directory: Path) -> None:
+    """config.json and model.safetensors with the published names; tied tensors once."""
+    config = {k: v for k, v in asdict(speculator.args).items() if v is not None}
+    config["base_model_name_or_path"] = config.pop("base_model")
+    config |= {"architectures": ["MLPSpeculatorPreTrainedModel"], "torch_dtype": "float16"}
+    config |= {"model_type": "mlp_speculator"}
+    tensors = {f"speculator.{k}": p.detach().half() for k, p in speculator.named_parameters()}
+    if speculator.draft_ids is not None:
+        tensors["draft_ids"] = speculator.draft_ids.int()
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def plot(directory: Path) -> None:
+    """metrics.png: loss and held-out acceptance per head."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print('train: no plot; pip install ".[plot]" brings matplotlib', file=sys.stderr)
+        return
+    lines = (directory / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    for axes, key in zip(figure.subplots(1, 2), ("loss", "accepted"), strict=True):
+        for head, values in enumerate(zip(*(row[key] for row in rows), strict=True)):
+            axes.plot([row["step"] for row in rows], values, label=f"head {head + 1}")
+        axes.set(xlabel="step", ylabel=key, title={"accepted": "held-out acceptance"}.get(key, key))
+        axes.legend()
+    figure.savefig(directory / "metrics.png")
+
+
+# --- command line ------------------------------------------------------------------------------
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="train.py", description=__doc__.splitlines()[0])
+    add, flag = parser.add_argument, argparse.BooleanOptionalAction
+    add("--checkpoint", required=True, help="target model: directory or hub id")
+    add("--prompts", nargs="+", required=True, help='JSON lines of {"prompt"} or {"messages"}')
+    add("--eval-prompts", nargs="+", help="measured too, beside every 50th of the prompts")
+    add("--output", type=Path, required=True, help="directory; a started one is gone on with")
+    add("--n-predict", type=int, default=4, help="heads (4)")
+    add("--inner-dim", type=int, default=0, help="width; 0, the default: the target's")
+    add("--tie-weights", action=flag, default=True, help="one set of weights for all heads")
+    add("--scale-input", action=flag, default=True, help="normalise the target's hidden state")
+    add("--draft-vocab-size", type=int, help="draft only so many, the most frequent, tokens")
+    add("--answers", type=int, default=2, help="per prompt: greedy, T = 0.8, greedy, ... (2)")
+    add("--max-new-tokens", type=int, default=256, help="tokens per answer (256)")
+    add("--tokens", type=int, help="stop writing text there; unset: all prompts are answered")
+    add("--rows", type=int, default=64, help="answers written together (64)")
+    add("--steps", type=int, default=10000, help="training steps (10000)")
+    add("--batch-size", type=int, default=8192, help="positions per step and GPU (8192)")
+    add("--learning-rate", type=float, default=3e-3, help="its peak (0.003)")
+    add("--seed", type=int, default=0)
+    add("--device", help="unset: cuda if there is one, else cpu")
+    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+    args = parser.parse_args(argv)
+    args.world = int(os.environ.get("WORLD_SIZE", 1))
+    args.rank = int(os.environ.get("RANK", 0))
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_arguments(argv)
+    try:
+        run(args)
+    except KeyboardInterrupt:
+        print("train: interrupted; the same command goes on", file=sys.stderr)
+        return 130
+    except torch.OutOfMemoryError as error:
+        advice = "lower --rows (text) or --batch-size (training); what is done is kept"
+        print(f"train: {one_line(error)}: {advice}", file=sys.stderr)
+        return 1
+    except (ValueError, OSError) as error:
+        print(f"train: {one_line(error)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def run(args: argparse.Namespace) -> None:
+    check_options(args)
+    prompts = read_prompts(args.prompts)
+    sets = {"held-out": prompts[::HELD_OUT]}
+    prompts = [messages for i, messages in enumerate(prompts) if i % HELD_OUT]
+    if args.eval_prompts:
+        sets |= {Path(file).stem: read_prompts([file]) for file in args.eval_prompts}
+    directory = local_checkpoint(args.checkpoint)
+    target_args = ModelArgs.from_config(read_json(directory / "config.json"))
+    llm = LLM(
+        directory,
+        device=f"cuda:{os.environ['LOCAL_RANK']}"
+        if args.world > 1 and not args.device
+        else args.device,
+        dtype=args.dtype,
+        batch_size=args.rows,
+        max_seq_len=min(target_args.max_position, MAX_PROMPT + args.max_new_tokens),
+        load=False,
+    )
+    if llm.tokenizer is None or llm.tokenizer.chat_template is None:
+        raise ValueError(f"{directory}: no chat template; put a chat_template.jinja there")
+    requests = make_requests(llm, prompts, args)
+    held_out = make_requests(llm, sets["held-out"], args, answers=1)
+    keep_settings(args, prompts)
+    if args.world > 1:
+        torch.distributed.init_process_group("nccl" if llm.device.type == "cuda" else "gloo")
+    llm.load()
+    mine = requests[args.rank :: args.world]
+    file = args.output / f"text-{args.rank}-of-{args.world}.jsonl"
+    texts = write_text(llm, mine, file, (args.tokens or math.inf) / args.world)
+    held_out_texts = write_text(llm, held_out, args.output / f"held-out-{args.rank}.jsonl")
+    target = llm.engine.model
+    llm.engine = None
+    torch._dynamo.reset()
+    gc.collect()
+    print(f"train: {sum(len(t.answer) for t in texts)} tokens of text", file=sys.stderr)
+
+    speculator_args = SpeculatorArgs(
+        target_args.dim,
+        args.inner_dim or target_args.dim,
+        args.n_predict,
+        target_args.vocab_size,
+        args.tie_weights,
+        args.scale_input,
+        tuple(([4, 3] + [2] * args.n_predict)[: args.n_predict]),
+        5,
+        args.checkpoint,
+        args.draft_vocab_size,
+    )
+    speculator = new_speculator(speculator_args, texts, args.seed, llm.device)
+    losses = HeadLosses(speculator, target.output.weight.detach())
+    train(args, target, losses, texts, hidden_states(target, held_out_texts))
+    if args.rank == 0:
+        save_speculator(speculator, args.output)
+        plot(args.output)
+        report(args, llm, target, sets)
+    if args.world > 1:
+        torch.distributed.destroy_process_group()
+
+
+def check_options(args: argparse.Namespace) -> None:
+    least = {"inner_dim": 0, "seed": 0, "learning_rate": 0} | dict.fromkeys(
+        ("n_predict", "answers", "max_new_tokens", "rows", "steps", "batch_size"), 1
+    )
+    for name, value in least.items():
+        if getattr(args, name) < value:
+            option = "--" + name.replace("_", "-")
+            raise ValueError(f"{option} {getattr(args, name)} is out of range: at least {value}")
+
+
+def keep_settings(args: argparse.Namespace, prompts: list) -> None:
+    """settings.json: an output directory is gone on with under the same settings only."""
+    file = args.output / "settings.json"
+    free = ("output", "eval_prompts", "prompts", "device", "rank", "world", "rows")
+    settings = {name: value for name, value in vars(args).items() if name not in free}
+    settings["prompts"] = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
+    args.output.mkdir(parents=True, exist_ok=True)
+    if not file.exists():
+        file.write_text(json.dumps(settings, indent=2) + "\n")
+    for name, before in read_json(file).items():
+        if before != settings[name]:
+            raise ValueError(
+                f"{args.output} was begun with {name} {before}, not {settings[name]}; "
+                "choose another --output"
+            )
+
+
+def report(args: argparse.Namespace, llm: LLM, target: Transformer, sets: dict) -> None:
+    """Measure the written speculator; report.json and a table."""
+    speculator = load_speculator(args.output, llm.device, llm.dtype)
+    rows = []
+    print("prompts          T  answers  tokens per step  repetition  accepted per head")
+    for name, prompts in sets.items():
+        for temperature in (0.0, 1.0):
+            requests = make_requests(llm, prompts, args, 1, (temperature,))
+            row = evaluate(target, speculator, requests)
+            rows.append({"prompts": name, "temperature": temperature} | row)
+            heads = "  ".join(f"{share:.3f}" for share in row["accepted_per_head"])
+            print(
+                f"{name:<15}{temperature:3.0f}{row['answers']:9}{row['tokens_per_step']:17.3f}"
+                f"{row['repetition']:12.3f}  {heads}",
+                flush=True,
+            )
+    (args.output / "report.json").write_text(json.dumps(rows, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
