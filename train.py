@@ -48,7 +48,7 @@ from speculator import MLPSpeculator, SpeculatorArgs, load_speculator
 
 HELD_OUT = 50  # every 50th prompt is for evaluation only
 MAX_PROMPT = 512  # tokens; longer ones are left out
-FORWARD_TOKENS = 16384  # that the frozen target computes together
+FORWARD_TOKENS = 32768  # that the frozen target computes together
 TEMPERATURES = (0.0, 0.8)  # of a prompt's answers, in turn: what speculators meet in use
 
 
@@ -302,25 +302,25 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * min((step + 1) / warm, 0.525 + 0.475 * math.cos(math.pi * step / steps))
 
 
+LOG_EVERY = 500
+
+
 def train(
     args, target: Transformer, losses: nn.Module, texts: list[Text], held_out: States
 ) -> None:
     """Optimise the speculator of `losses`; `args.output` gets metrics.jsonl and state.pt."""
     speculator, device = losses.speculator, held_out.hidden.device
-    n = speculator.args.n_predict
     model = losses if args.world == 1 else DistributedDataParallel(losses, broadcast_buffers=False)
     optimizer = torch.optim.AdamW(
         speculator.parameters(), betas=(0.9, 0.95), weight_decay=0.1, fused=device.type == "cuda"
     )
-    start = load_state(args, speculator, optimizer)
+    start, n = load_state(args, speculator, optimizer), speculator.args.n_predict
     weight = LATER_HEADS ** torch.arange(n, device=device)
-    blocks = blocks_of(texts, block_size(target))
+    blocks, loaded = blocks_of(texts, block_size(target)), None
     counts = [sum(len(text.answer) - 1 for text in block) for block in blocks]
     plan = schedule(counts, args.batch_size, args.seed + args.rank)
-    bar = tqdm(
-        total=args.steps, initial=start, desc="training", unit="step", disable=args.rank > 0 or None
-    )
-    loaded, clock, seen = None, time.perf_counter(), 0
+    bar = tqdm(total=args.steps, initial=start, desc="training", disable=args.rank > 0 or None)
+    clock = time.perf_counter()
     for step, (block, batch) in zip(range(args.steps), plan, strict=False):
         if step < start:
             continue
@@ -337,24 +337,19 @@ def train(
         nn.utils.clip_grad_norm_(speculator.parameters(), 1.0)
         optimizer.step()
         bar.update()
-        seen += len(batch) * args.world
-        if (step + 1) % LOG_EVERY == 0 or step + 1 == args.steps:
+        if args.rank == 0 and ((step + 1) % LOG_EVERY == 0 or step + 1 == args.steps):
             found = loss.tolist()  # waits for the device
             if not math.isfinite(sum(found)):
                 raise ValueError(f"the loss is {found} at step {step + 1}; lower --learning-rate")
-            now = time.perf_counter()
-            row = {"step": step + 1, "loss": found, "tokens_per_s": round(seen / (now - clock))}
+            seconds, clock = time.perf_counter() - clock, time.perf_counter()
+            speed = round((step % LOG_EVERY + 1) * args.batch_size * args.world / seconds)
+            bar.set_postfix_str(f"loss {sum(found):.3f}, {speed} tokens/s")
+            row = {"step": step + 1, "loss": found, "tokens_per_s": speed}
             row["accepted"] = acceptance(speculator, held_out)
-            clock, seen = now, 0
-            bar.set_postfix_str(f"loss {sum(found):.3f}, {row['tokens_per_s']} tokens/s")
-            if args.rank == 0:
-                with open(args.output / "metrics.jsonl", "a") as file:
-                    file.write(json.dumps(row) + "\n")
-                save_state(args, speculator, optimizer, step + 1)
+            with open(args.output / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(row) + "\n")
+            save_state(args, speculator, optimizer, step + 1)
     bar.close()
-
-
-LOG_EVERY = 500
 
 
 def block_size(target: Transformer) -> int:

@@ -1,0 +1,422 @@
+"""train.py: what the heads learn, that runs go on and repeat, and that others can read the result."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import STORY, TEMPLATE, run_main, save_story, story_ids, tiny_llama
+from safetensors.torch import load_file
+
+import train
+from fastspec import LLM, SamplingParams
+from model import load_model
+from speculator import MLPSpeculator, SpeculatorArgs, load_speculator
+from train import HeadLosses, States, Text
+
+WORDS = "one two three four five six seven eight nine ten".split()
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory):
+    """The model that tells its STORY after any prompt, with a chat template."""
+    directory = tmp_path_factory.mktemp("target")
+    save_story(directory)
+    (directory / "chat_template.jinja").write_text(TEMPLATE)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    file = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    rows = [{"prompt": f" {a} {b}"} for a in WORDS for b in WORDS]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+SMALL = {"steps": 40, "batch-size": 64, "inner-dim": 16, "n-predict": 3, "rows": 16, "answers": 1}
+
+
+def run(target, prompts, output, *more, **options):
+    """Exit code of a run with small settings."""
+    argv = ["--checkpoint", target, "--prompts", prompts, "--output", output, *more]
+    for name, value in (SMALL | {k.replace("_", "-"): v for k, v in options.items()}).items():
+        argv += [f"--{name}", value]
+    return train.main([str(arg) for arg in argv])
+
+
+@pytest.fixture(scope="module")
+def trained(target, prompts, tmp_path_factory):
+    """A finished run of the story's speculator."""
+    output = tmp_path_factory.mktemp("trained") / "out"
+    assert run(target, prompts, output, steps=250, batch_size=256, inner_dim=32) == 0
+    return output
+
+
+# ---- what is learnt ----
+
+
+def test_a_deterministic_pattern_is_learnt_to_full_acceptance(trained):
+    """21 tokens with three drafts a step: six steps where all of them are right."""
+    greedy, sampled = json.loads((trained / "report.json").read_text())
+    assert (greedy["temperature"], sampled["temperature"]) == (0, 1)
+    assert greedy["tokens_per_step"] == sampled["tokens_per_step"] == 21 / 6
+    assert greedy["answers"] == 2 and greedy["repetition"] == 0
+    accepted = [json.loads(line)["accepted"] for line in open(trained / "metrics.jsonl")]
+    # Of a text's 21 positions the last has no token to draft, the last two no second one.
+    assert accepted[-1] == pytest.approx([20 / 21, 19 / 21, 18 / 21])
+
+
+def test_the_speculator_of_a_run_decodes_through_the_command_line(trained, target, capsys):
+    """By itself: its config names the target. The text is the target's own."""
+    argv = ["--speculator", trained, "--prompt", "Q", "--max-new-tokens", 60]
+    code, out, err = run_main(capsys, *argv)
+    assert (code, out) == (0, STORY + "\n")
+    assert "tokens per step      3.50" in err
+
+
+def shifted(offset: int, n: int = 400, vocab: int = 24):
+    """States of random texts in which every state tells its own choice and, `offset` tokens
+    later, one more; the output layer reads the first."""
+    generator = torch.Generator().manual_seed(0)
+    token = torch.randint(vocab, (n * 10,), generator=generator)
+    told = token.roll(-offset)
+    hidden = torch.cat([torch.eye(vocab)[token] * 30, torch.eye(vocab)[told]], dim=1)
+    end = (torch.arange(n * 10) // 10 + 1) * 10
+    output = torch.cat([torch.eye(vocab), torch.zeros(vocab, vocab)], dim=1)
+    return States(hidden, token, end), output
+
+
+@pytest.mark.parametrize(("offset", "solvable"), [(1, True), (0, False), (2, False)])
+def test_only_the_right_alignment_solves_it(tmp_path, monkeypatch, offset, solvable):
+    """Texts are random: head 0 can only know a token that its own state tells, which is the one
+    after the token that the state chose. A state's own choice or the token two on does not help."""
+    states, output = shifted(offset)
+    monkeypatch.setattr(train, "hidden_states", lambda *_: states)
+    args = SpeculatorArgs(48, 32, 1, 24)
+    texts = [Text([0], token.tolist()) for token in states.token.split(10)]
+    speculator = train.new_speculator(args, texts, 0, "cpu")
+    weight = torch.zeros(24, 48)
+    stub = SimpleNamespace(embed=SimpleNamespace(weight=weight), args=SimpleNamespace(dim=48))
+    options = SimpleNamespace(
+        output=tmp_path, steps=150, batch_size=512, seed=0, learning_rate=0.01, world=1, rank=0
+    )
+    train.train(options, stub, HeadLosses(speculator, output), texts, states)
+    (accepted,) = train.acceptance(speculator, states)
+    assert accepted > 0.85 if solvable else accepted < 0.4  # 9 of 10 positions have a next token
+
+
+def test_hidden_states_are_those_of_each_text_alone(tmp_path, monkeypatch):
+    """Ragged texts, in batches of a few; in float32 the padding moves the last bits only."""
+    monkeypatch.setattr(train, "FORWARD_TOKENS", 60)
+    oracle = tiny_llama(tmp_path)
+    generator = torch.Generator().manual_seed(0)
+    ids = [torch.randint(97, (n,), generator=generator).tolist() for n in (9, 30, 4, 17, 2)]
+    texts = [Text(x[: len(x) // 2], x[len(x) // 2 :]) for x in ids]
+    states = train.hidden_states(load_model(tmp_path), texts)
+    start, found = 0, []
+    for stop in sorted(set(states.end.tolist())):
+        assert states.end[start:stop].tolist() == [stop] * (stop - start)
+        (text,) = [t for t in texts if t.answer == states.token[start:stop].tolist()]
+        with torch.no_grad():
+            hidden = oracle.model(torch.tensor([text.ids])).last_hidden_state[0]
+        expected = hidden[len(text.prompt) - 1 : -1]
+        torch.testing.assert_close(states.hidden[start:stop], expected, rtol=1e-4, atol=1e-4)
+        found.append(text)
+        start = stop
+    assert start == len(states.token) and len(found) == len(texts)
+
+
+# ---- runs that stop and go on ----
+
+
+def stop_at(monkeypatch, step):
+    """Make the run stop, as by Ctrl-C, before it computes this step's loss."""
+    forward, calls = HeadLosses.forward, []
+
+    def failing(*args):
+        calls.append(1)
+        if len(calls) == step:
+            raise KeyboardInterrupt
+        return forward(*args)
+
+    monkeypatch.setattr(HeadLosses, "forward", failing)
+
+
+@pytest.fixture(scope="module")
+def whole(target, prompts, tmp_path_factory):
+    output = tmp_path_factory.mktemp("whole")
+    assert run(target, prompts, output) == 0
+    return output
+
+
+def test_a_seed_repeats_the_run(target, prompts, whole, tmp_path):
+    assert run(target, prompts, tmp_path / "again") == 0
+    assert run(target, prompts, tmp_path / "other", seed=1) == 0
+    again, other = (tmp_path / name / "model.safetensors" for name in ("again", "other"))
+    assert again.read_bytes() == (whole / "model.safetensors").read_bytes() != other.read_bytes()
+
+
+@pytest.mark.parametrize("step", [5, 11, 29, 40])
+def test_an_interrupted_training_goes_on_to_the_same_weights(
+    target, prompts, whole, tmp_path, monkeypatch, step, capsys
+):
+    monkeypatch.setattr(train, "LOG_EVERY", 10)
+    with monkeypatch.context() as patch:
+        stop_at(patch, step)
+        assert run(target, prompts, tmp_path) == 130
+    assert (
+        capsys.readouterr().err.splitlines()[-1] == "train: interrupted; the same command goes on"
+    )
+    assert run(target, prompts, tmp_path) == 0
+    name = "model.safetensors"
+    assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
+    steps = [json.loads(line)["step"] for line in open(tmp_path / "metrics.jsonl")]
+    assert steps == [10, 20, 30, 40]
+
+
+def test_text_that_is_there_is_not_written_again(target, prompts, whole, tmp_path, monkeypatch):
+    """Half of the answers and a line that was cut off: the rest is computed, to the same text."""
+    settings, text = whole / "settings.json", whole / "text-0-of-1.jsonl"
+    (tmp_path / settings.name).write_bytes(settings.read_bytes())
+    lines = text.read_text().splitlines(keepends=True)
+    (tmp_path / text.name).write_text("".join(lines[:49]) + lines[49][:-4])
+    begun, loop = [], train.decode_loop
+
+    def counting(engine, requests, *rest):
+        return loop(engine, (begun.append(1) or r for r in requests), *rest)
+
+    monkeypatch.setattr(train, "decode_loop", counting)
+    assert run(target, prompts, tmp_path) == 0
+    # 98 of 100 prompts are trained on; the 2 held out are answered once, and measured twice.
+    assert len(begun) == (98 - 49) + 2
+    assert sorted((tmp_path / text.name).read_text().splitlines()) == sorted(map(str.rstrip, lines))
+    name = "model.safetensors"
+    assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_text_stops_at_the_tokens_asked_for(target, prompts, tmp_path):
+    """What was begun is finished: up to one answer of 21 tokens more per row."""
+    assert run(target, prompts, tmp_path, tokens=500, steps=1) == 0
+    answers = [json.loads(line)[1] for line in open(tmp_path / "text-0-of-1.jsonl")]
+    assert 500 <= sum(map(len, answers)) < 500 + 17 * 21
+
+
+def test_blocks_of_hidden_states_cover_every_text():
+    texts = [Text([1], [2] * n) for n in (5, 3, 9, 1, 1, 4)]
+    blocks = train.blocks_of(texts, 9)
+    assert [text for block in blocks for text in block] == texts
+    assert all(sum(len(t.answer) for t in block) <= 9 for block in blocks)
+    plan = train.schedule([7, 4], 3, seed=0)
+    steps = [next(plan) for _ in range(6)]
+    assert [block for block, _ in steps] == [0, 0, 1, 0, 0, 1]
+    assert all(len(batch) == 3 for _, batch in steps)
+    assert not set(steps[0][1].tolist()) & set(steps[1][1].tolist())  # one epoch, no example twice
+
+
+def test_a_small_memory_trains_block_by_block(target, prompts, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "block_size", lambda *_: 600)
+    assert run(target, prompts, tmp_path, steps=120, batch_size=256, inner_dim=32) == 0
+    rows = [json.loads(line) for line in open(tmp_path / "metrics.jsonl")]
+    assert rows[-1]["accepted"][0] > 0.9
+
+
+# ---- what is written ----
+
+
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("drafted", [None, 12])
+def test_saved_weights_load_as_they_were(tmp_path, tie, drafted):
+    """Under the published names, in float16; tied tensors are stored once."""
+    args = SpeculatorArgs(48, 32, 3, 97, tie, True, (4, 3, 2), 5, "owner/target", drafted)
+    texts = [Text([1], [5, 6, 7, 5, 6, 5] + list(range(20, 33)))]
+    speculator = train.new_speculator(args, texts, 3, "cpu")
+    train.save_speculator(speculator, tmp_path)
+    loaded = load_speculator(tmp_path)
+    assert loaded.args == args
+    for name, param in speculator.named_parameters():
+        assert torch.equal(loaded.get_parameter(name), param.half().float()), name
+    names = {f"speculator.{name}" for name, _ in speculator.named_parameters()}
+    names |= {"speculator.emb.0.weight", "speculator.head.0.weight", "speculator.ln.0.bias"}
+    assert set(load_file(tmp_path / "model.safetensors")) == names | (
+        {"draft_ids"} if drafted else set()
+    )
+    if drafted:  # the most frequent tokens of the text: 5, 6, 7 and the first nine of the others
+        assert loaded.draft_ids.tolist() == [5, 6, 7, *range(20, 29)]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_a_draft_vocabulary_changes_no_text(tmp_path, temperature):
+    """Drafts come from it alone; what it lacks the target still says."""
+    tiny_llama(tmp_path / "target")
+    args = SpeculatorArgs(48, 32, 3, 97, True, True, (4, 3, 2), 5, None, 40)
+    texts = [Text([1], list(range(0, 80, 2)))]
+    train.save_speculator(train.new_speculator(args, texts, 0, "cpu"), mkdir(tmp_path / "draft"))
+    params = SamplingParams(temperature=temperature, max_tokens=60, seed=4)
+    prompts = [[3, 14, 15], [92, 65, 35, 89, 79]]
+    plain = LLM(tmp_path / "target").generate(prompts, params)
+    llm = LLM(tmp_path / "target", {"model": tmp_path / "draft"}, batch_size=2)
+    drafted, draft = [], llm.engine.speculator.draft
+    llm.engine.speculator.draft = lambda *a: drafted.append(draft(*a)) or drafted[-1]
+    outputs = llm.generate(prompts, params)
+    tokens = [out.outputs[0].token_ids for out in outputs]
+    assert tokens == [out.outputs[0].token_ids for out in plain]
+    assert {t % 2 for text in tokens for t in text} == {0, 1}
+    assert all((ids % 2 == 0).all() and (ids < 80).all() for ids in drafted)
+    assert sum(out.steps for out in outputs) < 120  # some drafts are right
+
+
+def mkdir(path: Path) -> Path:
+    path.mkdir()
+    return path
+
+
+def test_draft_logits_are_those_of_the_full_vocabulary(tmp_path):
+    """Against a speculator without one whose rows are the same, the shared one repeated."""
+    args = SpeculatorArgs(48, 32, 3, 97, True, True, (4, 3, 2), 5, None, 40)
+    small = train.new_speculator(args, [Text([1], list(range(0, 80, 2)))], 0, "cpu")
+    full = MLPSpeculator(SpeculatorArgs(48, 32, 3, 97, True, True))
+    rows = torch.full((97,), 40)
+    rows[small.draft_ids] = torch.arange(40)
+    state = dict(small.named_parameters())
+    state |= {"emb.0.weight": state["emb.0.weight"][rows]}
+    head = torch.zeros(97, 32)
+    head[small.draft_ids] = state["head.0.weight"]
+    full.load_state_dict(
+        {k: v.detach() for k, v in state.items()} | {"head.0.weight": head.detach()}
+    )
+    hidden, token = torch.randn(97, 48), torch.arange(97)
+    for i in range(3):
+        (a, small_logits), (b, logits) = small.step(i, hidden, token), full.step(i, hidden, token)
+        assert torch.equal(a, b)
+        torch.testing.assert_close(small_logits, logits[:, small.draft_ids])
+        hidden = a
+
+
+def test_repeated_tokens_are_counted():
+    assert train.repeated(list(range(40))) == 0
+    assert train.repeated([1, 2, 3, 4] * 5, n=8) == 20 - 7 - 4  # of 13 grams, 4 are different
+
+
+def test_several_processes_train_one_speculator(target, prompts, tmp_path):
+    """torchrun with two: each writes half of the text, and one set of weights comes out."""
+    argv = ["--checkpoint", target, "--prompts", prompts, "--output", tmp_path, "--n-predict", 3]
+    argv += ["--steps", 150, "--batch-size", 128, "--inner-dim", 32, "--rows", 16, "--answers", 1]
+    script = Path(train.__file__)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        2,
+        "--master-port",
+    ]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    command += [29731, script, *argv]
+    done = subprocess.run(list(map(str, command)), env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    texts = [tmp_path / f"text-{rank}-of-2.jsonl" for rank in (0, 1)]
+    assert [len(text.read_text().splitlines()) for text in texts] == [49, 49]
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report[0]["tokens_per_step"] == 21 / 6
+
+
+# ---- what goes wrong ----
+
+
+def last_line(capsys):
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        ("", "0 prompts"),
+        ('{"prompt": "x"}\n' * 3, "1 prompts"),
+        ('{"prompt": "x"}\n{"prompt"', ":2: not JSON"),
+        ('{"prompt": "x"}\n\n{"text": "x"}', ":3: expected an object with either"),
+        ('{"prompt": "x", "messages": []}', ":1: expected"),
+        ('{"messages": [{"role": "user"}]}', ":1: message 0 has no content"),
+        ('["x"]', ":1: expected an object"),
+    ],
+)
+def test_bad_prompts_are_named_by_line(target, tmp_path, capsys, lines, words):
+    file = tmp_path / "p.jsonl"
+    file.write_text(lines)
+    assert run(target, file, tmp_path / "out") == 1
+    assert words in last_line(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("option", ["n-predict", "steps", "rows", "batch-size", "answers"])
+def test_options_out_of_range(target, prompts, tmp_path, capsys, option):
+    assert run(target, prompts, tmp_path / "out", **{option: 0}) == 1
+    assert last_line(capsys) == f"train: --{option} 0 is out of range: at least 1"
+
+
+def test_a_target_without_a_chat_template(prompts, tmp_path, capsys):
+    save_story(mkdir(tmp_path / "target"))
+    assert run(tmp_path / "target", prompts, tmp_path / "out") == 1
+    assert "no chat template; put a chat_template.jinja there" in last_line(capsys)
+
+
+def test_other_settings_do_not_mix_with_what_is_there(target, prompts, whole, capsys):
+    assert run(target, prompts, whole, seed=7) == 1
+    assert "was begun with seed 0, not 7; choose another --output" in last_line(capsys)
+
+
+def test_a_full_disk_loses_nothing(target, prompts, whole, tmp_path, monkeypatch, capsys):
+    """The state that was whole stays, and the run goes on from it."""
+    monkeypatch.setattr(train, "LOG_EVERY", 10)
+    save, calls = torch.save, []
+
+    def full(state, file):
+        calls.append(1)
+        if len(calls) == 3:
+            Path(file).write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(state, file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        assert run(target, prompts, tmp_path) == 1
+    assert "No space left on device" in last_line(capsys)
+    assert run(target, prompts, tmp_path) == 0
+    name = "model.safetensors"
+    assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_out_of_memory_says_what_to_lower(target, prompts, tmp_path, monkeypatch, capsys):
+    def failing(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
+
+    monkeypatch.setattr(HeadLosses, "forward", failing)
+    assert run(target, prompts, tmp_path) == 1
+    line = last_line(capsys)
+    assert "out of memory" in line and "--rows" in line and "--batch-size" in line
+
+
+def test_a_loss_that_is_no_number_ends_the_run(target, prompts, tmp_path, capsys):
+    assert run(target, prompts, tmp_path, learning_rate=1e30) == 1
+    assert "lower --learning-rate" in last_line(capsys)
+
+
+def test_the_plot(whole, capsys):
+    pytest.importorskip("matplotlib")
+    train.plot(whole)
+    assert (whole / "metrics.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_no_plot_without_matplotlib(whole, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    train.plot(whole)
+    assert '".[plot]"' in last_line(capsys)
+
+
+def test_story_is_what_the_target_says(target):
+    assert len(story_ids(target)) == 20  # and the end: 21 tokens, of which the tests count
