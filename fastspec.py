@@ -23,6 +23,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
+from itertools import islice
 from pathlib import Path
 
 import huggingface_hub
@@ -199,8 +200,8 @@ def largest_threshold(p: Tensor, enough) -> Tensor:
 
 # --- the engine --------------------------------------------------------------------------------
 
-PREFILL_SIZES = (64, 256, 1024)  # tokens of one prompt
-PREFILL_ROWS = 32  # prompts computed together
+PREFILL_SIZES = (64, 256, 1024)  # tokens of one prompt at once
+PREFILL_TOKENS = 8192  # of all the prompts computed together, their padding included
 HEADER = 4  # columns of a result before its tokens: request, tokens emitted, accepted, done
 
 
@@ -358,87 +359,128 @@ class Engine(nn.Module):
     # what the host calls
 
     @torch.inference_mode()
-    def prefill(self, rows: list[int], numbers: list[int], requests: list[Request]) -> None:
+    def prefill(
+        self, rows: Sequence[int], numbers: Sequence[int], requests: Sequence[Request]
+    ) -> None:
         """Put requests into rows. All of a prompt but its last token is cached: the next step
         starts at that token and chooses the first one of the answer."""
+        prompts = [torch.tensor(request.prompt) for request in requests]
+        starts = [
+            self.cached_prefix(row, prompt) if request.goes_on else 0
+            for row, prompt, request in zip(rows, prompts, requests, strict=True)
+        ]
+        self.set_rows(rows, numbers, requests, starts)
         together: list[tuple[int, Tensor]] = []
-        for row, number, request in zip(rows, numbers, requests, strict=True):
-            prompt = to_device(torch.tensor(request.prompt), self.kv.device)
-            start = self.cached_prefix(row, prompt) if request.goes_on else 0
-            self.length[row] = start + 1  # what is cached, should an interrupt end this
-            self.set_row(row, number, request)
-            if start or len(rows) == 1:
+        for row, prompt, start in zip(rows, prompts, starts, strict=True):
+            if start or len(prompt) > PREFILL_SIZES[-1]:
                 self.prefill_rows([row], [prompt], start)
             else:
                 together.append((row, prompt))
         together.sort(key=lambda pair: len(pair[1]))  # little padding
-        for at in range(0, len(together), PREFILL_ROWS):
-            group, prompts = zip(*together[at : at + PREFILL_ROWS], strict=True)
-            self.prefill_rows(list(group), list(prompts), 0)
+        while together:
+            count = PREFILL_TOKENS // len(together[-1][1])
+            group, prompts = zip(*together[-count:], strict=True)
+            self.prefill_rows(group, prompts, 0)
+            del together[-count:]
 
     def cached_prefix(self, row: int, prompt: Tensor) -> int:
         """How many first tokens of a prompt [P] the row's cache holds from the request before, at
-        most P - 2: a hidden state is needed, too. Waits for the device."""
-        n = min(int(self.length[row]), max(len(prompt) - 1, 1)) - 1
-        return int((self.tokens[row, :n] == prompt[:n]).long().cumprod(0).sum())
+        most P - 2: a hidden state is needed, too. Waits for the device, as nothing else here."""
+        prompt = to_device(prompt[:-2], self.kv.device)
+        n = len(prompt)
+        held = torch.arange(n, device=prompt.device) < self.length[row] - 1
+        return int((held & (self.tokens[row, :n] == prompt)).long().cumprod(0).sum())
 
-    def prefill_rows(self, rows: list[int], prompts: list[Tensor], start: int) -> None:
-        """Cache prompts [P] from `start` but for their last tokens, and start their rows there."""
-        for row, prompt in zip(rows, prompts, strict=True):
-            self.tokens[row, : len(prompt)] = prompt
+    def set_rows(
+        self,
+        rows: Sequence[int],
+        numbers: Sequence[int],
+        requests: Sequence[Request],
+        starts: list[int],
+    ) -> None:
+        """Sampling settings and limits of requests, into the state of their rows."""
+        state: dict[str, Sequence] = {
+            name: [getattr(request.params, name) for request in requests]
+            for name in ("temperature", "top_p", "min_p", "top_k")
+        }
+        state["seed"] = [request.seed for request in requests]
+        state["request"] = numbers
+        state["length"] = [start + 1 for start in starts]  # cached, should an interrupt end this
+        ends = [len(r.prompt) + (r.params.max_tokens or self.max_seq_len) for r in requests]
+        state["limit"] = [min(end, self.max_seq_len) for end in ends]
+        pad = [-1] * MAX_STOP_IDS
+        state["stop_ids"] = [(request.stop_ids + pad)[:MAX_STOP_IDS] for request in requests]
         where = to_device(torch.tensor(rows), self.kv.device)
-        lengths = [len(prompt) for prompt in prompts]
-        self.hidden[where] = self.prefill_hidden(where, lengths, start)
-        self.length[where] = to_device(torch.tensor(lengths), self.kv.device)
+        for name, values in state.items():
+            buffer = getattr(self, name)
+            buffer[where] = to_device(torch.tensor(values, dtype=buffer.dtype), buffer.device)
+
+    def prefill_rows(self, rows: Sequence[int], prompts: Sequence[Tensor], start: int) -> None:
+        """Cache prompts [P] from `start` but for their last tokens, and start their rows there.
+        Only a row by itself may go on or be longer than a chunk."""
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        padded = nn.utils.rnn.pad_sequence(list(prompts), batch_first=True)  # [R P]
+        where, lengths, tokens = (
+            to_device(x, self.kv.device) for x in (torch.tensor(rows), lengths, padded)
+        )
+        self.tokens[where, : tokens.shape[1]] = tokens
+        # The state that chose the last token. A prompt of one has none: its own serves to draft.
+        before_last = (lengths - 2).clamp(min=0)
+        tokens = tokens[:, : max(tokens.shape[1] - 1, 1)]
+        self.hidden[where] = self.prefill_hidden(rows[0], where, tokens, start, before_last)
+        self.length[where] = lengths
         self.done[where] = False
 
-    def prefill_hidden(self, rows: Tensor, lengths: list[int], start: int) -> Tensor:
-        """Cache what `tokens` holds of prompts, but for their last tokens, in `rows` [R]; returns
-        the hidden states [R, D] before these (zeros for a prompt of one token: poor drafts).
+    def prefill_hidden(
+        self, first: int, rows: Tensor, tokens: Tensor, start: int, last: Tensor
+    ) -> Tensor:
+        """Hidden states [R, D] at `last` [R] of tokens [R, P], cached in `rows` [R] from `start`.
 
         A compiled engine on a GPU pads one prompt to one of a few captured sizes; several, longer
         ones or one that goes on, and any other engine, run eagerly in chunks: no length compiles
         or captures anything.
         """
-        longest = max(lengths) - 1
-        for size, (graph, tokens, last, row, hidden) in self.prefill_graphs.items():
-            if len(rows) == 1 and start == 0 < longest <= size:
+        R, P = tokens.shape
+        for size, (graph, padded, row, index, hidden) in self.prefill_graphs.items():
+            if size >= P and R == 1 and start == 0:
+                padded[:, :P] = tokens
                 row.copy_(rows)
-                last.fill_(longest - 1)
-                tokens[:, :longest] = self.tokens[rows, :longest]
+                index.copy_(last)
                 graph.replay()
-                return hidden[:, 0]
-        last = to_device(torch.tensor(lengths), rows.device) - 2  # position before the last token
-        found = torch.zeros_like(self.hidden[rows])
-        for at in range(start, longest, PREFILL_SIZES[-1]):
-            stop = min(at + PREFILL_SIZES[-1], longest)
-            before = self.kv[..., :at, :].index_select(2, rows)
-            hidden = self.prefill_chunk(self.tokens[rows, at:stop], at, rows, before)  # [R C D]
-            here = hidden[torch.arange(len(rows)), (last - at).clamp(0, stop - at - 1)]  # [R D]
-            found = torch.where(((at <= last) & (last < stop))[:, None], here, found)
-        return found
+                return hidden
+        for at in range(start, P, PREFILL_SIZES[-1]):
+            # A view: a row with anything cached is by itself.
+            before = self.kv[:, :, first : first + 1, :, :at].expand(-1, -1, R, -1, -1, -1)
+            chunk = tokens[:, at : at + PREFILL_SIZES[-1]]
+            hidden = self.prefill_chunk(chunk, at, rows, before, last)
+        return hidden
 
-    def prefill_chunk(self, tokens: Tensor, start: int, rows: Tensor, before: Tensor) -> Tensor:
-        """Hidden states [R, C, D] of prompt tokens [R, C] at `start`, cached in `rows` [R]."""
+    def prefill_chunk(
+        self, tokens: Tensor, start: int, rows: Tensor, before: Tensor, last: Tensor
+    ) -> Tensor:
+        """Cache prompt tokens [R, C] at `start` in `rows` [R], after the slots of `before`; hidden
+        states [R, D] at position `last` [R], or of the chunk's end where that is beyond it."""
         R, C = tokens.shape
         positions = torch.arange(start, start + C, device=tokens.device).expand(R, -1)
         causal = torch.ones(C, C, dtype=torch.bool, device=tokens.device).tril()
         hidden, new_kv = self.model(tokens, positions, before, positions[:, 0], causal)
         self.kv[..., start : start + C, :].index_copy_(2, rows, new_kv)
-        return hidden
+        at = (last - start).clamp(max=C - 1)[:, None, None].expand(-1, 1, hidden.shape[-1])
+        return hidden.gather(1, at)[:, 0]
 
     @torch.inference_mode()
     def capture_prefill(self) -> None:
-        """Capture prompts of each padded size as CUDA graphs: (graph, tokens, last index, row,
-        hidden state). Not compiled: that would double the start-up time for little."""
+        """Capture prompts of each padded size as CUDA graphs: (graph, tokens, row, index of the
+        last token, hidden state there). Not compiled: that would double the start-up time for
+        little."""
         no_cache = self.kv[:, :, :1, :, :0]
         for size in [size for size in PREFILL_SIZES if size <= self.kv.shape[-2]]:
-            tokens, numbers = self.tokens.new_zeros(1, size), self.tokens.new_zeros(2, 1)
-            self.prefill_chunk(tokens, 0, numbers[1], no_cache)  # warm-up
+            tokens, (row, last) = self.tokens.new_zeros(1, size), self.tokens.new_zeros(2, 1)
+            self.prefill_chunk(tokens, 0, row, no_cache, last)  # warm-up
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                last = self.prefill_chunk(tokens, 0, numbers[1], no_cache)[:, numbers[0]]
-            self.prefill_graphs[size] = (graph, tokens, *numbers, last)
+                hidden = self.prefill_chunk(tokens, 0, row, no_cache, last)
+            self.prefill_graphs[size] = (graph, tokens, row, last, hidden)
 
     @torch.inference_mode()
     def step(self, noisy: bool, filtered: bool) -> Packet:
@@ -461,18 +503,6 @@ class Engine(nn.Module):
             self.wait(self.step(noisy, filtered))
         self.stop_row(0)
         self.warm.add((noisy, filtered))
-
-    def set_row(self, row: int, number: int, request: Request) -> None:
-        """Sampling settings and limits of a request, into the state of its row."""
-        params = request.params
-        for name in ("temperature", "top_p", "min_p", "top_k"):
-            getattr(self, name)[row] = getattr(params, name)
-        self.seed[row] = request.seed
-        self.request[row] = number
-        most = math.inf if params.max_tokens is None else len(request.prompt) + params.max_tokens
-        self.limit[row] = min(most, self.max_seq_len)
-        stop_ids = request.stop_ids + [-1] * (MAX_STOP_IDS - len(request.stop_ids))
-        self.stop_ids[row] = to_device(torch.tensor(stop_ids), self.kv.device)
 
     @torch.inference_mode()
     def stop_row(self, row: int) -> None:
@@ -534,12 +564,9 @@ def decode_loop(
         waiting = next(queue, None)
         while waiting or running:
             if waiting and (len(free) >= worth_it or not running):
-                rows, numbers, new = [], [], []
-                while waiting and free:
-                    rows.append(free.pop(0))
-                    numbers.append(waiting[0])
-                    new.append(waiting[1])
-                    waiting = next(queue, None)
+                numbers, new = zip(waiting, *islice(queue, len(free) - 1), strict=True)
+                waiting = next(queue, None)
+                rows, free = free[: len(new)], free[len(new) :]
                 start = time.perf_counter()
                 running |= {row: (n, start) for row, n in zip(rows, numbers, strict=True)}
                 engine.prefill(rows, numbers, new)
