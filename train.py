@@ -385,7 +385,7 @@ def evaluate(target: Transformer, speculator: MLPSpeculator, requests: list[Requ
     engine = Engine(
         target,
         speculator,
-        batch_size=min(len(requests), 64),
+        batch_size=min(len(requests), 128),
         max_seq_len=longest,
         num_draft_tokens=speculator.args.n_predict,
     )
@@ -415,7 +415,8 @@ def repeated(answer: list[int], n: int = 8) -> int:
 def save_speculator(speculator: MLPSpeculator, directory: Path) -> None:
     """config.json and model.safetensors with the published names; tied tensors once."""
     config = {k: v for k, v in asdict(speculator.args).items() if v is not None}
-    config["base_model_name_or_path"] = config.pop("base_model")
+    if base_model := config.pop("base_model", None):
+        config["base_model_name_or_path"] = base_model
     config |= {"architectures": ["MLPSpeculatorPreTrainedModel"], "torch_dtype": "float16"}
     config |= {"model_type": "mlp_speculator"}
     tensors = {f"speculator.{k}": p.detach().half() for k, p in speculator.named_parameters()}
@@ -501,11 +502,11 @@ def run(args: argparse.Namespace) -> None:
         sets |= {Path(file).stem: read_prompts([file]) for file in args.eval_prompts}
     directory = local_checkpoint(args.checkpoint)
     target_args = ModelArgs.from_config(read_json(directory / "config.json"))
+    if args.world > 1 and not args.device and torch.cuda.is_available():
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     llm = LLM(
         directory,
-        device=f"cuda:{os.environ['LOCAL_RANK']}"
-        if args.world > 1 and not args.device
-        else args.device,
+        device=args.device,
         dtype=args.dtype,
         batch_size=args.rows,
         max_seq_len=min(target_args.max_position, MAX_PROMPT + args.max_new_tokens),
