@@ -158,27 +158,22 @@ def test_bytes_without_a_token_are_dropped_before_merging(tmp_path, base):
     assert ours.encode("=\x04=>") == ours.encode("==>") != ours.encode("=") + ours.encode("=>")
 
 
-@pytest.mark.parametrize("around", ["", "\x04"])
-def test_half_a_surrogate_pair_is_read_as_a_replacement_character(tmp_path, base, around):
-    """Through tiktoken, and through the merge loop because of a byte without a token."""
-    vocab, merges = base["model"]["vocab"], base["model"]["merges"]
-    base["model"]["vocab"] = {token: id for token, id in vocab.items() if "\u0104" not in token}
-    base["model"]["merges"] = [pair for pair in merges if "\u0104" not in "".join(pair)]
+def test_half_a_surrogate_pair_is_read_as_a_replacement_character(tmp_path, base):
     ours = save(tmp_path, base)
-    assert ours.decode(ours.encode(f"a\ud83d{around}b")) == "a\ufffdb"
+    assert ours.decode(ours.encode("a\ud83db")) == "a\ufffdb"
 
 
 @pytest.mark.parametrize("ignore_merges", [False, True])
 @pytest.mark.parametrize("seed", range(12))
 def test_any_list_of_merges_gives_the_ids_of_tokenizers(tmp_path, ignore_merges, seed):
     """Merges drawn at random over three letters: several pairs with one result, tokens that their
-    own merges never give, merges of parts that are made later. tiktoken alone differs here."""
+    own merges never give, merges of parts that are made later."""
     rng = random.Random(seed)
     tokens = {*"abc"} | {"".join(rng.choices("abc", k=rng.randint(2, 5))) for _ in range(40)}
     pairs = [(t[:i], t[i:]) for t in sorted(tokens) for i in range(1, len(t))]
     pairs = [list(pair) for pair in pairs if tokens.issuperset(pair)]
     rng.shuffle(pairs)
-    if seed % 2:  # half of the lists in an order in which tiktoken can be used
+    if seed % 2:  # half of the lists in an order in which parts are made before they are used
         pairs.sort(key=lambda pair: len("".join(pair)))
     data = train(vocab_size=258)
     data["added_tokens"] = []
@@ -201,17 +196,6 @@ def test_of_equal_pairs_the_leftmost_merges_first(tmp_path, merges):
         assert ours.encode("a" * n) == theirs.encode("a" * n).ids
 
 
-def test_random_merges_use_both_tiktoken_and_the_merge_loop(tmp_path):
-    """Guards the test above: among vocabularies like its own, both ways of merging occur."""
-    data = train(vocab_size=258)
-    data["model"]["vocab"] |= {"ab": 300, "bc": 301, "abc": 302}
-    ways = []
-    for merges in ([["a", "b"], ["ab", "c"]], [["ab", "c"], ["a", "b"]]):
-        data["model"]["merges"] = merges
-        ways.append(save(tmp_path, data).encode_text.__self__.exact)
-    assert ways == [True, False]
-
-
 def test_llama3_form_with_all_splits_as_merges(tmp_path):
     """Llama 3's list has every split of each token, sorted by token, and ignore_merges."""
     data = train(PRE_TOKENIZERS["llama3"])
@@ -229,7 +213,6 @@ def test_llama3_form_with_all_splits_as_merges(tmp_path):
     model["vocab"] |= {"Ġqqzqq": 5000, "zzjzz": 5001}
     model |= {"merges": merges, "ignore_merges": True}
     ours = save(tmp_path, data)
-    assert ours.encode_text.__self__.exact
     assert ours.encode("zzjzz qqzqq zzjzzq")[:2] == [5001, 5000]
     assert_same(ours, data)
 
@@ -310,16 +293,11 @@ def test_stream_holds_back_half_a_character(tmp_path, base):
     assert [*pushed, stream.finish()] == ["", "", "", "\U0001f600", "", "\ufffd"]
 
 
-def test_text_that_the_regex_engine_gives_up_on_is_one_line(tmp_path, base):
-    """Either outcome is right: the limit is the engine's. A Rust panic is not: it is no Exception
-    and would end the program."""
-    ours, text = save(tmp_path, base), " " * 3_000_000 + "a"
-    try:
-        assert ours.decode(ours.encode(text)) == text
-    except ValueError as error:
-        assert str(error).startswith("text of 3000001 characters cannot be split: ")
-        assert "\n" not in str(error)
-    assert ours.decode(ours.encode("still usable")) == "still usable"
+def test_a_long_run_without_a_cut_is_read(tmp_path, base):
+    """One piece of 200,001 characters: neither the regular expressions nor the merging, which
+    reads each piece as a whole, take more than about linear time."""
+    ours, text = save(tmp_path, base), " " * 200_000 + "a"
+    assert ours.decode(ours.encode(text)) == text
 
 
 # ---- tokenizer_config.json and chat templates ----
@@ -402,11 +380,10 @@ def test_no_tokenizer_file_is_none_and_no_directory_an_error(tmp_path):
         load_tokenizer(tmp_path / "absent")
 
 
-def test_another_tokenizer_file_alone_is_refused_by_name(tmp_path):
-    (tmp_path / "tokenizer.model").write_bytes(b"\n")
-    with pytest.raises(
-        ValueError, match=r"/tokenizer\.model: not supported without a tokenizer\.j"
-    ):
+@pytest.mark.parametrize("name", ["spiece.model", "vocab.txt", "merges.txt"])
+def test_another_tokenizer_file_alone_is_refused_by_name(tmp_path, name):
+    (tmp_path / name).write_bytes(b"a\n")
+    with pytest.raises(ValueError, match=f"/{name}: not supported alone; supported: tokenizer.js"):
         load_tokenizer(tmp_path)
 
 
@@ -446,11 +423,14 @@ REFUSED = [
     ("model.merges", [["a", "b", "c"]], r'model.merges\[0\] is \["a", "b", "c"\]; supp'),
     ("model.merges", [7], r"model.merges\[0\] is 7; supported"),
     ("model.merges", ["a "], r'model.merges\[0\] is "a "; supported'),
-    ("model.merges", [["a", "\u2581"]], "supported: byte-level characters"),
     ("model.merges", ["qz qz"], r'model.merges\[0\] "qz qz" has a part or a result not in'),
-    ("model.type", "Unigram", r'model.type is "Unigram"; supported: "BPE" \(byte-level BPE\)'),
+    ("model.type", "Unigram", r'model.type is "Unigram"; supported: "BPE"$'),
     ("model.type", "WordPiece", 'model.type is "WordPiece"'),
-    ("model.byte_fallback", True, "model.byte_fallback is true; supported: false"),
+    (
+        "model.byte_fallback",
+        True,
+        r"\[normalizer, pre_tokenizer\] is .*Metaspace\] \(byte_fallback",
+    ),
     ("model.dropout", 0.1, "model.dropout is 0.1"),
     ("model.end_of_word_suffix", "</w>", 'model.end_of_word_suffix is "</w>"'),
     ("normalizer", {"type": "NFC"}, 'normalizer is {"type": "NFC"}; supported: null'),
