@@ -617,15 +617,14 @@ class _Beside:
     added: dict  # added_tokens.json: ids by content
     chat_template: str | None
 
-    @property
-    def special_tokens(self) -> dict[str, str]:
-        """{"bos_token": ..., "eos_token": ...}"""
+    def roles(self) -> list[tuple[str, str]]:
+        """("eos_token", "</s>") and the like; of two for one role the later counts."""
         named = [*self.token_map.items(), *self.config.items()]
-        return {k: _content(v) for k, v in named if k.endswith("_token") and _content(v)}
+        return [(k, _content(v)) for k, v in named if k.endswith("_token") and _content(v)]
 
     def tokens(self, vocab: dict[str, int]) -> Iterator[tuple[str, Any]]:
         """(where it is written, added token) pairs."""
-        special = set(self.special_tokens.values())
+        special = {token for _, token in self.roles()}
         for source in (self.token_map, self.config):
             for name in ("additional_special_tokens", "extra_special_tokens"):
                 listed = source.get(name) or []
@@ -785,9 +784,12 @@ def _read_vocab_and_merges(path: Path, beside: _Beside) -> _Model:
         space = bool(beside.config.get("add_prefix_space"))
         step = {"type": "ByteLevel", "add_prefix_space": space}
         data = {"model": model, "pre_tokenizer": step, "decoder": {"type": "ByteLevel"}}
-        end = "<|endoftext|>"  # GPT-2's only special token, which these two files do not mark
-        roles = {"bos_token": end, "eos_token": end} if end in model["vocab"] else {}
-        return replace(_byte_level_json(data), special_tokens=roles)
+        model = replace(_byte_level_json(data), kind="byte-level BPE with merges.txt")
+    end = "<|endoftext|>"  # GPT-2's only special token, which these two files do not mark
+    if end not in model.vocab:
+        return model
+    roles = {"bos_token": end, "eos_token": end}
+    return replace(model, added=_special({end: model.vocab[end]}), special_tokens=roles)
 
 
 _RANK = regex.compile(rb"([A-Za-z0-9+/]+={0,2}) (\d+)\r?")
@@ -914,18 +916,18 @@ def _around(model: _Model, config: dict, ids: dict[str, int], tokens: dict[str, 
 def _eos_ids(beside: _Beside, ids: dict[str, int], tokens: dict[str, str], turn_end: str | None):
     """Every token by which the files say that an answer ends. They need not agree: Granite 7B's
     config names </s>, but its turns end with another."""
-    named = [_content(source.get("eos_token")) for source in (beside.config, beside.token_map)]
-    for eos in filter(None, named):
+    ends = [token for role, token in beside.roles() if role == "eos_token"]
+    for eos in ends:
         if eos not in ids:
             found = f"{json.dumps(eos)}, the eos_token of tokenizer_config.json"
             raise ValueError(f"has no token {found} or special_tokens_map.json")
-    ends = [*named, tokens.get("eos_token"), tokens.get("eot_token"), turn_end]
+    ends = [tokens.get("eos_token"), *ends, tokens.get("eot_token"), turn_end]
     return tuple(dict.fromkeys(ids[end] for end in ends if end in ids))
 
 
 def _tokenizer(model: _Model, beside: _Beside, source: str) -> Tokenizer:
     added = _read_added([*beside.tokens(model.vocab), *model.added], model.vocab)
-    tokens = model.special_tokens | beside.special_tokens
+    tokens = model.special_tokens | dict(beside.roles())
     ids = model.vocab | {token["content"]: token["id"] for token in added}
     special = {token["id"] for token in added if token.get("special")}
     token_bytes = {id: model.spell(token) for token, id in ids.items()}
