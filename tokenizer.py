@@ -861,12 +861,12 @@ def _sentencepiece(data: bytes, beside: _Beside) -> _Model:
     try:
         prefixed = sentencepiece.SentencePieceProcessor(model_proto=data)
         bare = sentencepiece.SentencePieceProcessor(model_proto=data + _NO_PREFIX)
-    except RuntimeError:
+        pieces = prefixed.id_to_piece(list(range(prefixed.vocab_size())))
+    except (RuntimeError, UnicodeDecodeError):
         raise ValueError(
             "neither a sentencepiece model nor tiktoken ranks; the file is damaged: fetch it again"
         ) from None
     legacy = beside.config.get("legacy") is not False
-    pieces = prefixed.id_to_piece(list(range(prefixed.vocab_size())))
     found = {p: i for i, p in enumerate(pieces) if prefixed.is_control(i) or prefixed.is_unknown(i)}
     roles = {"bos_token": prefixed.bos_id(), "eos_token": prefixed.eos_id()}
     return _Model(

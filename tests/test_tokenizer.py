@@ -962,13 +962,13 @@ def test_eos_token_without_an_id_is_refused(tmp_path, base):
 # ---- what is refused in other files ----
 
 
-@pytest.mark.parametrize("cut", [0, 1, 1000, -5])
-def test_a_damaged_sentencepiece_model_is_one_line(tmp_path, llama2, cut):
-    with pytest.raises(
-        ValueError, match=r"/tokenizer\.model: neither .*the file is damaged"
-    ) as error:
-        save_model(tmp_path, llama2[:cut])
-    assert "\n" not in str(error.value)
+def test_a_damaged_sentencepiece_model_is_one_line(tmp_path, llama2):
+    damaged = [llama2[:cut] for cut in (0, 1, 1000, -5)]
+    damaged.append(llama2.replace("▁the".encode(), b"\xff" * 6))  # well formed, but no UTF-8
+    for model in damaged:
+        with pytest.raises(ValueError, match=r"/tokenizer\.model: neither .* is damaged") as error:
+            save_model(tmp_path, model)
+        assert "\n" not in str(error.value)
 
 
 def test_a_pointer_to_a_file_is_no_model(tmp_path):
