@@ -625,18 +625,18 @@ class _Beside:
     def tokens(self, vocab: dict[str, int]) -> Iterator[tuple[str, Any]]:
         """(where it is written, added token) pairs."""
         special = {token for _, token in self.roles()}
-        for source in (self.token_map, self.config):
+        file = "tokenizer_config.json: "
+        for where, source in (("special_tokens_map.json: ", self.token_map), (file, self.config)):
             for name in ("additional_special_tokens", "extra_special_tokens"):
                 listed = source.get(name) or []
                 if not isinstance(listed, list | dict):
-                    _unsupported(f"tokenizer_config.json: {name}", listed, "a list or an object")
+                    _unsupported(where + name, listed, "a list or an object")
                 special.update(map(_content, listed.values() if type(listed) is dict else listed))
         for content in special & vocab.keys():
             yield "", {"content": content, "id": vocab[content], "special": True}
         for content, id in self.added.items():
             token = {"content": content, "id": id, "special": content in special}
             yield f"added_tokens.json[{json.dumps(content)}].", token
-        file = "tokenizer_config.json: "
         for id, token in _optional(self.config, "added_tokens_decoder", dict, file).items():
             where = f"{file}added_tokens_decoder[{json.dumps(id)}]."
             number = int(id) if id.isdecimal() else id
@@ -792,7 +792,7 @@ def _read_vocab_and_merges(path: Path, beside: _Beside) -> _Model:
     return replace(model, added=_special({end: model.vocab[end]}), special_tokens=roles)
 
 
-_RANK = regex.compile(rb"([A-Za-z0-9+/]+={0,2}) (\d+)\r?")
+_RANK = regex.compile(rb"([A-Za-z0-9+/]+={0,2}) (\d+)")
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

@@ -667,6 +667,7 @@ def ranks():
     """{bytes: rank} of a tokenizer with Llama 3's split, the bytes first."""
     data = train(PRE_TOKENIZERS["llama3"])
     tokens = [*BYTE_OF, *("".join(pair) for pair in data["model"]["merges"])]
+    tokens += ["Ġqqzqq"]  # that no merge gives: found only as a whole piece
     return {bytes(BYTE_OF[c] for c in t): rank for rank, t in enumerate(dict.fromkeys(tokens))}
 
 
@@ -693,7 +694,7 @@ def test_tiktoken_ranks_give_the_ids_of_tiktoken(tmp_path, ranks, name):
     theirs = tiktoken.Encoding("x", pat_str=LLAMA3, mergeable_ranks=ranks, special_tokens=special)
     rng = random.Random(6)
     for _ in range(500):
-        text = random_text(rng) + rng.choice(["", "<|eot_id|>", "<|start_header_id|> "])
+        text = random_text(rng) + rng.choice([" qqzqq", "<|eot_id|>", "<|start_header_id|> "])
         text += random_text(rng)
         ids = theirs.encode(text, allowed_special="all")
         assert ours.encode(text) == [n, *ids], repr(text)
@@ -1058,6 +1059,11 @@ DECODER = "added_tokens_decoder"
             "tokenizer_config",
             {"eos_token": "<x>"},
             'has no token "<x>", the eos_token of tokenizer_co',
+        ),
+        (
+            "special_tokens_map",
+            {"extra_special_tokens": "x"},
+            'map.json: extra_special_tokens is "x',
         ),
         ("special_tokens_map", {"eos_token": "<x>"}, 'has no token "<x>", the eos_token of'),
     ],
