@@ -374,10 +374,11 @@ def metaspace(scheme, split=False):
 
 
 def pieces_and_merges(model):
-    """Every way to make a piece out of two others, in order of the pieces: as converters do."""
+    """Every way to make a piece out of two others, best piece first: as converters do."""
     sp = processor(model)
     vocab = {sp.id_to_piece(id): id for id in range(sp.vocab_size())}
-    splits = [(t[:i], t[i:]) for t in vocab for i in range(1, len(t))]
+    ranked = sorted(vocab, key=lambda token: -sp.get_score(vocab[token]))
+    splits = [(t[:i], t[i:]) for t in ranked for i in range(1, len(t))]
     return vocab, [pair for pair in splits if vocab.keys() >= {*pair}]
 
 
