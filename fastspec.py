@@ -563,7 +563,7 @@ def decode_loop(
         engine.warm_up(noisy, filtered)
         waiting = next(queue, None)
         while waiting or running:
-            if waiting and (len(free) >= worth_it or not running):
+            if waiting and len(free) >= worth_it:
                 numbers, new = zip(waiting, *islice(queue, len(free) - 1), strict=True)
                 waiting = next(queue, None)
                 rows, free = free[: len(new)], free[len(new) :]
@@ -1418,9 +1418,10 @@ def summary(outputs: Iterable[RequestOutput], speculator: str | None, together: 
         heads = [sum(pair) for pair in zip(heads or [0] * len(accepted), accepted, strict=True)]
     if not first:
         return ""
+    speed = f"{decode_tokens / decode_time:.1f} per sequence" if decode_tokens else "one step each"
     lines = [
         f"tokens               {tokens}",
-        f"tokens/s             {decode_tokens / max(decode_time, 1e-9):.1f} per sequence",
+        f"tokens/s             {speed}",
         f"tokens per step      {tokens / max(steps, 1):.2f}",
         f"time to first token  {sorted(first)[len(first) // 2] * 1000:.0f} ms",
         f"speculator           {speculator or 'none'}",

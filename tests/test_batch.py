@@ -76,6 +76,28 @@ def test_all_free_rows_are_refilled_before_the_next_step(model, ahead):
 
 
 @pytest.mark.parametrize("ahead", [0, 1])
+def test_a_wide_batch_waits_for_a_sixteenth_of_its_rows(model, ahead):
+    """Of 32 rows one ends in each step, so two are refilled after every second one; the last
+    request has nobody to go with. Each answer is what its prompt alone gets."""
+    engine, launched = Engine(model, batch_size=32, max_seq_len=64), []
+    engine.ahead = ahead
+    prefill, step = engine.prefill, engine.step
+    engine.prefill = lambda rows, *rest: launched.append(str(len(rows))) or prefill(rows, *rest)
+    engine.step = lambda *flags: launched.append("s") or step(*flags)
+    requests = requests_of([*range(1, 33), *[40] * 11])
+    tokens = [[] for _ in requests]
+    for event in decode_loop(engine, requests):
+        tokens[event.request] += event.tokens
+    assert "".join(launched).startswith("32" + "s" * ahead + "ss2" * 5 + "ss1s")
+    assert launched.count("s") == 2 * 6 + 40 + 2 * ahead  # the last one's 40, and what is drained
+    alone = Engine(model, batch_size=1, max_seq_len=64)
+    expected = [[] for _ in requests]
+    for event in decode_loop(alone, requests):
+        expected[event.request] += event.tokens
+    assert tokens == expected
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
 def test_requests_are_taken_as_rows_come_free(dirs, ahead):
     """One more than there are rows at most: a long file is not held in memory."""
     llm, taken, ended = load(dirs.bare, batch_size=3), 0, 0
@@ -143,7 +165,7 @@ def test_a_file_of_prompts(capsys, dirs, files, rows):
     for row, output in zip(found, llm.generate([r["prompt"] for r in ROWS], params), strict=True):
         assert row["token_ids"] == output.outputs[0].token_ids
         assert row["prompt_tokens"] == len(output.prompt_token_ids)
-    assert found[2]["steps"] == 0 < found[0]["steps"] < 19
+    assert found[2]["steps"] == 1 < found[0]["steps"] < 20
     assert re.search(r"^tokens/s +[\d.]+ per sequence, [\d.]+ in all$", err, re.MULTILINE)
 
 

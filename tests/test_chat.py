@@ -74,7 +74,8 @@ def other(token):
 @pytest.mark.parametrize("batch_size", [1, 2])
 @pytest.mark.parametrize("sizes", [(64,), (4, 8)], ids=["one chunk", "chunks"])
 def test_later_turns_compute_only_what_is_new(make_engine, monkeypatch, sizes, batch_size):
-    """From the last token of the answer on, whose keys and values no step has cached yet."""
+    """From the last token of the answer on, whose keys and values no step has cached yet, to the
+    last but one of the prompt: the step caches the last itself."""
     monkeypatch.setattr(fastspec, "PREFILL_SIZES", sizes)
     engine, prompt, cached = make_engine(batch_size=batch_size), FIRST, 0
     for turn in range(4):
@@ -82,7 +83,7 @@ def test_later_turns_compute_only_what_is_new(make_engine, monkeypatch, sizes, b
         answer = ask(engine, prompt)
         assert_fresh(make_engine, prompt, answer)
         slots = [slot for chunk in engine.computed for slot in range(*chunk)]
-        assert slots == list(range(cached, len(prompt)))
+        assert slots == list(range(cached, len(prompt) - 1))
         cached = len(prompt) + len(answer) - 1
         prompt = [*prompt, *answer, 20 + turn, 30, 31, 32, 33, 34, 35, 36, 37, 38]
 
@@ -98,7 +99,7 @@ def test_after_an_answer_that_was_stopped(make_engine, said):
     prompt = [*FIRST, *shown, other(whole[said]), 1, 2, 3]
     engine.computed.clear()
     assert_fresh(make_engine, prompt, ask(engine, prompt))
-    assert engine.computed == [(min(held, len(FIRST) + said), len(prompt))]
+    assert engine.computed == [(min(held, len(FIRST) + said), len(prompt) - 1)]
     assert held > len(FIRST)
 
 
@@ -115,14 +116,16 @@ def test_after_a_run_that_was_closed(make_engine):
 
 
 def test_a_prompt_that_the_cache_holds_whole(make_engine):
-    """Its last token is computed again: the hidden state after it is in no cache."""
+    """The token before its last is computed again: the hidden state there is in no cache. A
+    prompt of one token has none, so that its own is."""
     engine = make_engine()
     answer = ask(engine, FIRST)
     for prompt in (FIRST, FIRST[:3], FIRST[:1], FIRST, [*FIRST, *answer[:4]]):
         ask(engine, [*FIRST, *answer])
         engine.computed.clear()
         assert_fresh(make_engine, prompt, ask(engine, prompt))
-        assert engine.computed == [(len(prompt) - 1, len(prompt))]
+        start = max(len(prompt) - 2, 0)
+        assert engine.computed == [(start, start + 1)]
 
 
 def test_another_prompt_shares_what_it_has_in_common(make_engine):
@@ -132,11 +135,11 @@ def test_another_prompt_shares_what_it_has_in_common(make_engine):
         ([other(FIRST[0]), *FIRST], 0),
         ([other(FIRST[0]), *FIRST[:2], 90, 91], 3),
         (FIRST, 0),
-        ([*FIRST[:4], 90], 4),
+        ([*FIRST[:4], 90, 91], 4),
     ):
         engine.computed.clear()
         assert_fresh(make_engine, prompt, ask(engine, prompt))
-        assert engine.computed == [(common, len(prompt))]
+        assert engine.computed == [(common, len(prompt) - 1)]
 
 
 def test_only_a_request_that_goes_on_reuses_anything(make_engine):
@@ -167,6 +170,56 @@ def test_an_interrupt_inside_a_prefill_leaves_no_wrong_claim(make_engine, monkey
         ask(engine, [*FIRST[:3], *range(60, 90)])
     engine.prefill_chunk = chunk
     assert_fresh(make_engine, prompt, ask(engine, prompt))
+
+
+@pytest.mark.parametrize(("sizes", "chunks"), [((64,), 1), ((4, 8), 3), ((4, 8), 6)])
+def test_an_interrupt_while_several_rows_are_filled(make_engine, monkeypatch, sizes, chunks):
+    """After the one chunk of both rows, or inside the four of the first or of the second: slots
+    that were overwritten count for no later request."""
+    monkeypatch.setattr(fastspec, "PREFILL_SIZES", sizes)
+    engine = make_engine(batch_size=2)
+    prompts = [[*FIRST, *range(20, 40)], [*FIRST[::-1], *range(50, 70)]]
+    params = SamplingParams(temperature=0, max_tokens=5)
+    list(decode_loop(engine, [Request(prompt, params, 0, []) for prompt in prompts]))
+    chunk = engine.prefill_chunk
+    engine.computed.clear()
+
+    def failing(*args):
+        hidden = chunk(*args)
+        if len(engine.computed) == chunks:
+            raise KeyboardInterrupt
+        return hidden
+
+    engine.prefill_chunk = failing
+    with pytest.raises(KeyboardInterrupt):
+        list(decode_loop(engine, [Request([9, *p], params, 0, []) for p in prompts]))
+    assert engine.done.all()
+    engine.prefill_chunk = chunk
+    answers = [[], []]
+    again = [Request(prompt, params, 0, [], goes_on=True) for prompt in prompts]
+    for event in decode_loop(engine, again):
+        answers[event.request] += event.tokens
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert_fresh(make_engine, prompt, answer)
+
+
+def test_rows_that_go_on_and_fresh_ones_are_filled_at_once(make_engine):
+    """In any order; a row that goes on but shares nothing is one of the fresh ones."""
+    engine = make_engine(batch_size=4)
+    params = SamplingParams(temperature=0, max_tokens=9)
+    old = [[*FIRST, row] for row in range(4)]
+    list(decode_loop(engine, [Request(prompt, params, 0, []) for prompt in old]))
+    new = [[1, 2], [*old[1], 5, 6, 7], [other(FIRST[0]), *FIRST, 8], [*old[3], 3, 3]]
+    engine.computed.clear()
+    answers = [[] for _ in new]
+    goes_on = [False, True, True, False]
+    requests = [Request(p, params, 0, [], goes_on=g) for p, g in zip(new, goes_on, strict=True)]
+    for event in decode_loop(engine, requests):
+        answers[event.request] += event.tokens
+    # Row 1 from where its prompt ended, then the three others together.
+    assert engine.computed == [(len(old[1]), len(new[1]) - 1), (0, len(new[3]) - 1)]
+    for prompt, answer in zip(new, answers, strict=True):
+        assert_fresh(make_engine, prompt, answer)
 
 
 def test_sampled_turns_are_those_of_a_fresh_run(make_engine):

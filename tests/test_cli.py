@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import huggingface_hub
@@ -536,13 +537,14 @@ def test_profile_writes_a_chrome_trace(capsys, dirs, tmp_path):
 
 
 def test_summary_with_a_speculator(capsys, dirs):
-    """21 tokens: five steps of four, as every draft is right, and one of what is left."""
+    """21 tokens: five steps of four, as every draft is right, and one of the end, which was the
+    first head's draft."""
     argv = ["--checkpoint", dirs.story, "--speculator", dirs.right, "--prompt", "Q"]
     code, _, err = run_main(capsys, *argv)
     found = figures(err)
     assert code == 0
     assert (found["tokens"], found["tokens per step"]) == ("21", "3.50")
-    assert found["accepted per head"].split() == ["1.00"] * 3
+    assert found["accepted per head"].split() == ["1.00", "0.83", "0.83"]
     assert found["speculator"] == str(dirs.right)
     assert re.fullmatch(r"\d+\.\d per sequence", found["tokens/s"])
     assert re.fullmatch(r"\d+ ms", found["time to first token"])
@@ -550,16 +552,36 @@ def test_summary_with_a_speculator(capsys, dirs):
 
 
 def test_summary_counts_wrong_drafts(capsys, dirs):
-    """A wrong draft ends what a step emits: the heads' shares fall, and with the root's own token
-    they add up to the tokens per step. The last step ends early, which is worth up to 3 / steps."""
+    """The draft after the first word and after each third one from there is wrong. Each answer
+    takes eight steps: of 2 tokens, one of them a draft, six of 3, two of them drafts, and of the
+    end, a draft."""
     argv = ["--checkpoint", dirs.story, "--speculator", dirs.partly, "--prompt", "Q", "Q"]
     _, _, err = run_main(capsys, *argv)
     found = figures(err)
-    shares = [float(share) for share in found["accepted per head"].split()]
-    assert found["tokens"] == "42"
-    assert shares == sorted(shares, reverse=True)
-    assert shares[0] < 1
-    assert 1 < float(found["tokens per step"]) <= 1 + sum(shares) + 0.02 < 4
+    assert (found["tokens"], found["tokens per step"]) == ("42", f"{21 / 8:.2f}")
+    assert found["accepted per head"].split() == ["1.00", "0.75", "0.00"]
+
+
+def test_summary_of_answers_that_took_one_step(capsys, dirs):
+    """Of which nothing is known but the time to the first token."""
+    argv = ["--checkpoint", dirs.story, "--speculator", dirs.right, "--prompt", "Q"]
+    found = figures(run_main(capsys, *argv, "--max-new-tokens", 4)[2])
+    assert (found["tokens"], found["tokens/s"]) == ("4", "one step each")
+
+
+def test_what_an_output_says_of_its_steps(llms):
+    """The first step's end is the first token's time, and what it emits is not counted in the
+    time after it."""
+    for name, steps, first in (("plain", 21, 1), ("right", 6, 4), ("partly", 8, 2)):
+        start = time.perf_counter()
+        output = llms[name].generate("Q", greedy())[0]
+        took = time.perf_counter() - start
+        assert (output.steps, output.decode_tokens) == (steps, 21 - first)
+        assert output.tokens_per_step == 21 / steps
+        assert 0 < output.time_to_first_token < output.time_to_first_token + output.decode_time
+        assert output.time_to_first_token + output.decode_time < took
+    output = llms["right"].generate("Q", greedy(max_tokens=4))[0]
+    assert (output.steps, output.decode_tokens, output.decode_time) == (1, 0, 0.0)
 
 
 def test_summary_without_a_speculator_says_so(capsys, dirs):

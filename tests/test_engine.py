@@ -230,6 +230,52 @@ def test_prompt_longer_than_the_largest_prefill_size(model, speculator, greedy, 
     assert run(engine_for(model, speculator, batch_size=2), PROMPTS)[0] == greedy
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_ragged_prompts_are_prefilled_together(model, speculator, monkeypatch, temperature):
+    """Prompts of one token and of several chunks among them: ids are those of each alone."""
+    prompts = [[(7 * n + i) % VOCAB for i in range(n)] for n in (3, 40, 1, 8, 9, 2, 10, 1, 17, 5)]
+    params = SamplingParams(temperature=temperature, max_tokens=40)
+    expected, _, _ = run(engine_for(model), prompts, params, seed=4)
+    monkeypatch.setattr(fastspec, "PREFILL_SIZES", (4, 8))
+    monkeypatch.setattr(fastspec, "PREFILL_TOKENS", 16)
+    engine, chunks = engine_for(model, speculator, batch_size=10), []
+    prefill_chunk = engine.prefill_chunk
+
+    def noting(tokens, start, *rest):
+        chunks.append((start, *tokens.shape))
+        return prefill_chunk(tokens, start, *rest)
+
+    engine.prefill_chunk = noting
+    assert run(engine, prompts, params, seed=4)[0] == expected
+    # All but the last token: 39, 8, 9 and 16 by themselves in chunks of at most 8; then the
+    # longest of the others, 5 and 8, as two of 8 fit into 16, and 1, 1, 2 and 3 together.
+    alone = [*((at, 1, 8) for at in (0, 8, 16, 24)), (32, 1, 7)]
+    alone += [(0, 1, 8), (0, 1, 8), (8, 1, 1), (0, 1, 8), (8, 1, 8)]
+    assert chunks == [*alone, (0, 2, 7), (0, 4, 2)]
+
+
+def test_the_first_step_drafts_from_the_state_before_the_prompts_last_token(
+    model, llama_dir, monkeypatch
+):
+    """transformers' one, whether a prompt is cached beside others, in chunks or on top of what the
+    row holds; of a prompt of one token its own."""
+    from transformers import LlamaModel
+
+    reference = LlamaModel.from_pretrained(llama_dir)
+    monkeypatch.setattr(fastspec, "PREFILL_SIZES", (4, 8))
+    engine, params = engine_for(model, batch_size=5), SamplingParams(temperature=0)
+    for more in ([], [50, 51, 52]):
+        prompts = [[*prompt, *more] for prompt in PROMPTS]
+        requests = [Request(p, params, 0, [], goes_on=bool(more)) for p in prompts]
+        engine.prefill(range(5), range(5), requests)
+        for prompt, found in zip(prompts, engine.hidden, strict=True):
+            with torch.inference_mode():
+                cached = torch.tensor([prompt[: max(len(prompt) - 1, 1)]])
+                expected = reference(cached).last_hidden_state[0, -1]
+            # States of about 1; float32 sums in another order differ by some 1e-6 a layer.
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("ahead", [0, 1])
 def test_launches_queued_behind_the_result_that_is_read(model, speculator, greedy, ahead):
     """On a GPU one step is queued when the one before is read."""
@@ -264,7 +310,7 @@ def test_step_is_one_graph(model, speculator, noisy):
     engine = engine_for(model, speculator, batch_size=2)
     engine.compiled_step = torch.compile(engine.decode_step, fullgraph=True, backend="eager")
     engine.compiled = True
-    engine.warm = {noisy}
+    engine.warm = {(noisy, noisy)}
     torch._dynamo.utils.counters.clear()
     tokens, _, _ = run(engine, PROMPTS[:2], params)
     assert tokens == expected
@@ -316,7 +362,7 @@ def test_gpt_bigcode_equals_transformers_to_the_last_position(
     assert tokens == full_context
     if drafts in ("right", "wrong"):
         each = 4 if drafts == "right" else 1
-        assert steps == [-(-(len(row) - 1) // each) for row in tokens]
+        assert steps == [-(-len(row) // each) for row in tokens]
 
 
 @pytest.mark.parametrize("store", ["safetensors", "bin"])
@@ -337,7 +383,7 @@ def test_llm_runs_checkpoints_of_either_form(store, bigcode_dir, full_context, t
 def test_gpt_bigcode_step_is_one_graph(bigcode_dir, full_context, speculator):
     engine = engine_for(load_model(bigcode_dir), speculator, max_seq_len=CONTEXT)
     engine.compiled_step = torch.compile(engine.decode_step, fullgraph=True, backend="eager")
-    engine.compiled, engine.warm = True, {False}
+    engine.compiled, engine.warm = True, {(False, False)}
     torch._dynamo.utils.counters.clear()
     assert run(engine, PROMPTS[:1], FILL)[0] == full_context[:1]
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1

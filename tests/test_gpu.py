@@ -85,10 +85,25 @@ def test_no_prompt_length_compiles_or_captures_anything(engine):
     for length in [*range(1, 20), 63, 64, 65, 255, 256, 257, 1000, 1023, 1024, 1025, 1500, 2000]:
         run(engine, [prompt(length)], params)
         run(engine, [prompt(length), prompt(30)], params)
-    for length in (100, 100, 300):  # from nothing, from its last token, from the 100 before
+    for length in (100, 100, 300):  # from nothing, from all but two, from what the row holds
         request = Request(prompt(300)[:length], params, 0, [], goes_on=True)
         assert sum(len(event.tokens) for event in decode_loop(engine, [request])) == 4
     assert compiled_so_far() == before and list(engine.prefill_graphs) == graphs
+
+
+@pytest.mark.parametrize("lengths", [(1, 1), (20, 1), (20, 30), (64, 1500), (1024, 1025)])
+def test_a_prefill_of_fresh_rows_never_waits_for_the_device(engine, lengths):
+    """torch raises at every call that would."""
+    engine.warm_up(False, False)
+    params = SamplingParams(temperature=0.8, top_p=0.9, max_tokens=4)
+    requests = [Request(prompt(length), params, 0, []) for length in lengths]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        engine.prefill([0, 1], [0, 1], requests)
+        engine.prefill([1], [2], requests[:1])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert engine.length.tolist() == [lengths[0], lengths[0]]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
