@@ -696,6 +696,38 @@ class Answer:
         return 0
 
 
+class PackedLinear(nn.Module):
+    """A linear layer whose weight lies as oneDNN's kernels read it, about twice as fast for the
+    few rows of a decode step as nn.Linear in float32."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        # Without a hint of the rows to come: the layout for one row would be slow for more.
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight)
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+
+
+def pack_linears(module: nn.Module) -> None:
+    """Replace every nn.Linear below a module, one at a time: each frees its weight."""
+    for name in [name for name, _ in module.named_children()]:
+        child = getattr(module, name)
+        if isinstance(child, nn.Linear):
+            setattr(module, name, PackedLinear(child))
+        else:
+            pack_linears(child)
+
+
+def packs_linears(device: torch.device, dtype: torch.dtype, compiled: bool) -> bool:
+    """Whether to pack: float32 on x86 is what was measured to gain, and torch.compile takes packed
+    weights from its own hands only. Not every build of torch has oneDNN."""
+    eager = device.type == "cpu" and dtype == torch.float32 and not compiled
+    x86 = torch.backends.cpu.get_cpu_capability().startswith("AVX")
+    return eager and x86 and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
 class LLM:
     """A target model, its speculator and its tokenizer, ready to generate.
 
@@ -745,10 +777,10 @@ class LLM:
             )
         self.batch_size, self.max_seq_len = batch_size, max_seq_len
         self.compiled = self.device.type == "cuda" if compile is None else compile
+        self.packed = packs_linears(self.device, self.dtype, self.compiled)
         cache_shape = kv_cache_shape(self.args, batch_size, max_seq_len + self.k + 1)
-        check_memory(
-            self.args, speculator_args if self.k else None, cache_shape, self.dtype, self.device
-        )
+        draft_args = speculator_args if self.k else None
+        check_memory(self.args, draft_args, cache_shape, self.dtype, self.device, self.packed)
         if load:
             self.load()
 
@@ -767,6 +799,8 @@ class LLM:
             num_draft_tokens=self.k,
             compiled=self.compiled,
         )
+        if self.packed:
+            pack_linears(self.engine)
 
     def generate(
         self,
@@ -1029,13 +1063,14 @@ def read_speculative_config(
 
 
 def check_memory(
-    target: ModelArgs, speculator: SpeculatorArgs | None, cache_shape, dtype, device
+    target: ModelArgs, speculator: SpeculatorArgs | None, cache_shape, dtype, device, packed: bool
 ) -> None:
     """Refuse what cannot fit into the GPU's free memory or the host's whole memory, before
-    weights are read."""
+    weights are read. Packed, an output layer no longer shares the embedding table."""
     with torch.device("meta"):
         modules = [Transformer(target), *([MLPSpeculator(speculator)] if speculator else [])]
-    weights = sum(p.numel() for m in modules for p in m.parameters()) * dtype.itemsize
+    parameters = (p for m in modules for _, p in m.named_parameters(remove_duplicate=not packed))
+    weights = sum(p.numel() for p in parameters) * dtype.itemsize
     cache = math.prod(cache_shape) * dtype.itemsize
     if device.type == "cuda":
         gc.collect()  # an engine that went out of use may still hold its cache

@@ -1,15 +1,36 @@
 """The decode step: speculative ids equal plain ids equal transformers' greedy ids, in float32."""
 
+import os
 import shutil
+import weakref
 
 import pytest
 import torch
-from conftest import Scripted, script_for, store_as_bin, tiny_gpt_bigcode, tiny_speculator
+import torch.nn as nn
+from conftest import (
+    Scripted,
+    load,
+    script_for,
+    store_as_bin,
+    tiny_gpt_bigcode,
+    tiny_llama,
+    tiny_speculator,
+)
 from safetensors.torch import load_file
 
 import fastspec
-from fastspec import LLM, Engine, Request, SamplingParams, decode_loop
-from model import load_model
+from fastspec import (
+    LLM,
+    Engine,
+    PackedLinear,
+    Request,
+    SamplingParams,
+    check_memory,
+    decode_loop,
+    pack_linears,
+    packs_linears,
+)
+from model import ModelArgs, load_model, read_json
 from speculator import load_speculator
 
 VOCAB = 97
@@ -387,3 +408,122 @@ def test_gpt_bigcode_step_is_one_graph(bigcode_dir, full_context, speculator):
     torch._dynamo.utils.counters.clear()
     assert run(engine, PROMPTS[:1], FILL)[0] == full_context[:1]
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+# --- linear layers in oneDNN's packed layout ---------------------------------------------------
+
+CPU = torch.device("cpu")
+packing = pytest.mark.skipif(
+    not packs_linears(CPU, torch.float32, False), reason="nothing is packed on this machine"
+)
+
+
+def count(module, kind):
+    return sum(isinstance(m, kind) for m in module.modules())
+
+
+@packing
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [(1,), (5,), (2, 3), (1, 1), (1, 130)])
+@pytest.mark.parametrize(("wide", "out"), [(48, 97), (33, 7), (576, 960)])
+def test_packed_linear_equals_the_plain_one(wide, out, rows, bias):
+    """Also for an input that is not contiguous, as the last of many hidden states is."""
+    torch.manual_seed(0)
+    linear = nn.Linear(wide, out, bias=bias).requires_grad_(False)
+    packed = PackedLinear(linear)
+    for x in (torch.randn(*rows, wide), torch.randn(*rows[:-1], 2 * rows[-1], wide)[..., ::2, :]):
+        # A float32 sum of n terms, in whatever order, is off by n * eps / 2 of its terms' sizes at
+        # most; both results are such sums.
+        sizes = nn.functional.linear(
+            x.abs(), linear.weight.abs(), linear.bias.abs() if bias else None
+        )
+        limit = (wide + 1) * torch.finfo(torch.float32).eps * sizes
+        y, expected = packed(x), linear(x)
+        assert y.shape == expected.shape == (*x.shape[:-1], out)
+        assert ((y - expected).abs() <= limit).all()
+        assert (expected.abs() > 100 * limit).any()  # the limit means something
+
+
+@pytest.fixture(scope="module")
+def packed_pair(llama_dir, speculator_dir):
+    pair = nn.ModuleList([load_model(llama_dir), load_speculator(speculator_dir)])
+    pack_linears(pair)
+    assert count(pair, nn.Linear) == 0
+    return pair
+
+
+@packing
+@pytest.mark.parametrize(("k", "batch_size"), [(0, 1), (0, 5), (2, 2), (3, 1), (3, 5)])
+def test_packed_greedy_equals_transformers(packed_pair, greedy, k, batch_size):
+    tokens, _, _ = run(engine_for(*packed_pair, k, batch_size=batch_size), PROMPTS)
+    assert tokens == greedy
+
+
+@packing
+def test_packed_same_seed_same_text(model, speculator, packed_pair):
+    """Whatever the speculation and the batch, and as with plain linear layers."""
+    expected, _, _ = run(engine_for(model, speculator), PROMPTS, SAMPLED[2], seed=11)
+    for k, batch_size in [(0, 1), (3, 1), (2, 3)]:
+        engine = engine_for(*packed_pair, k, batch_size=batch_size)
+        assert run(engine, PROMPTS, SAMPLED[2], seed=11)[0] == expected, (k, batch_size)
+
+
+@packing
+def test_each_weight_is_freed_as_it_is_packed(llama_dir, speculator_dir, monkeypatch):
+    """Of the plain weights one is left fewer at each packing, and none at the end."""
+    pair = nn.ModuleList([load_model(llama_dir), load_speculator(speculator_dir)])
+    plain = [weakref.ref(m.weight) for m in pair.modules() if isinstance(m, nn.Linear)]
+    left = []
+
+    class Watched(PackedLinear):
+        def __init__(self, linear):
+            left.append(sum(ref() is not None for ref in plain))
+            super().__init__(linear)
+
+    monkeypatch.setattr(fastspec, "PackedLinear", Watched)
+    pack_linears(pair)
+    assert left == list(range(len(plain), 0, -1))
+    assert not any(ref() is not None for ref in plain)
+
+
+@packing
+def test_llm_packs_and_keeps_a_tied_embedding(tmp_path, speculator_dir):
+    reference = tiny_llama(tmp_path, tie_word_embeddings=True)
+    llm = LLM(tmp_path, {"model": speculator_dir}, dtype="float32", device="cpu", batch_size=2)
+    layers, heads = 3 * 4 + 1, 3 * 2  # wqkv, wo, w13, w2 and the output; proj and head
+    assert count(llm.engine, PackedLinear) == layers + heads
+    assert count(llm.engine, nn.Linear) == 0
+    assert torch.equal(llm.engine.model.embed.weight, reference.model.embed_tokens.weight)
+    ids = reference.generate(torch.tensor(PROMPTS[:1]), max_new_tokens=40, do_sample=False)
+    output = llm.generate(PROMPTS[:1], SamplingParams(temperature=0, max_tokens=40))[0]
+    assert output.outputs[0].token_ids == ids[0, len(PROMPTS[0]) :].tolist()
+
+
+@pytest.mark.parametrize("changed", ["dtype", "compile", "device", "capability", "build"])
+def test_what_did_not_gain_is_not_packed(changed, llama_dir, monkeypatch):
+    if changed == "dtype":
+        assert count(LLM(llama_dir, dtype="bfloat16", device="cpu").engine, PackedLinear) == 0
+    elif changed == "compile":
+        assert count(load(llama_dir, compile=True).engine, PackedLinear) == 0
+    elif changed == "device":
+        assert not packs_linears(torch.device("cuda"), torch.float32, False)
+    elif changed == "capability":
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+        assert count(load(llama_dir).engine, PackedLinear) == 0
+    else:
+        monkeypatch.setattr(torch.ops, "mkldnn", object())
+        assert count(load(llama_dir).engine, PackedLinear) == 0
+
+
+def test_memory_counts_the_copy_of_a_tied_table(tmp_path, monkeypatch):
+    tiny_llama(tmp_path, tie_word_embeddings=True)
+    args = ModelArgs.from_config(read_json(tmp_path / "config.json"))
+    held = sum(p.nbytes for p in load_model(tmp_path).parameters())
+    table = 97 * 48 * 4
+    monkeypatch.setattr(os, "sysconf", lambda name: {"SC_PAGE_SIZE": 1}.get(name, room))
+    for packed, needed in ((False, held), (True, held + table)):
+        room = needed
+        check_memory(args, None, (0,), torch.float32, CPU, packed)
+        room = needed - 1
+        with pytest.raises(ValueError, match="do not fit"):
+            check_memory(args, None, (0,), torch.float32, CPU, packed)
