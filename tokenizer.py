@@ -1,20 +1,31 @@
 """Text to token ids and back, from the tokenizer files of a checkpoint directory.
 
-Reads Hugging Face's `tokenizer.json` and gives the ids that their `tokenizers` library would give.
-Supported: byte-level BPE behind ByteLevel (GPT-2), Digits + ByteLevel (StarCoder, SmolLM2, Granite
-code) or Split + ByteLevel (Llama 3). Anything else is refused by name rather than tokenized
-differently. Also renders chat templates. Needs no torch.
+The first of these that is there is read, and `Tokenizer.source` names it:
+
+1. `tokenizer.json`, giving the ids that Hugging Face's `tokenizers` would give. Byte-level BPE
+   behind ByteLevel (GPT-2), Digits + ByteLevel (StarCoder, SmolLM2, Granite code) or Split +
+   ByteLevel (Llama 3); or sentencepiece's BPE of characters with bytes for the rest (Llama 2,
+   CodeLlama, Granite 7B), where the file itself says which stretches of text get a space in front.
+2. `tokenizer.model`, told apart by content: a sentencepiece model, through that library, or
+   tiktoken ranks as Meta writes them for Llama 3.
+3. `vocab.json` with `merges.txt`, as GPT-2 reads them.
+4. `original/tokenizer.model`, like 2.
+
+tokenizer_config.json, special_tokens_map.json and added_tokens.json beside it add tokens, but take
+none away. Anything else is refused by name rather than tokenized differently. Also renders chat
+templates. Needs no torch.
 """
 
+import base64
 import codecs
 import json
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import lru_cache
 from heapq import heapify, heappop, heappush
 from itertools import pairwise
-from operator import itemgetter
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,9 +33,13 @@ import jinja2
 import jinja2.ext
 import jinja2.sandbox
 import regex
-import tiktoken
+import sentencepiece
 
-# ---- reading fields: every complaint names the field, load_tokenizer adds the file ----
+# One step of reading text: finds ids in a stretch and returns them with the text left between.
+# The flag says whether the stretch is where the whole text starts.
+Stage = Callable[[str, bool], Iterable[str | int]]
+
+# ---- reading fields: every complaint names the field, _naming adds the file ----
 
 _KINDS = {dict: "an object", list: "a list", str: "a string", int: "an integer", bool: "a boolean"}
 
@@ -44,11 +59,21 @@ def _field(data: dict, name: str, kind: type, where: str = "") -> Any:
     return data[name]
 
 
-def _read_json(path: Path) -> dict:
+def _optional(data: dict, name: str, kind: type, where: str = "") -> Any:
+    return kind() if data.get(name) is None else _field(data, name, kind, where)
+
+
+def _read_text(path: Path) -> str:
     try:
-        data = json.loads(path.read_bytes().decode("utf-8"))
+        return path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 at byte {error.start}") from None
+
+
+def _read_json(path: Path) -> dict:
+    text = _read_text(path)
+    try:
+        data = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON: {error}") from None
     if not isinstance(data, dict):
@@ -56,60 +81,121 @@ def _read_json(path: Path) -> dict:
     return data
 
 
-# ---- byte-level alphabet: each byte is written in the vocabulary as one printable character ----
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Puts the file before what is said about its content."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
 
 
-def _byte_alphabet() -> dict[int, str]:
-    """GPT-2's mapping, from the character in the vocabulary to the Latin-1 one with that byte.
+# ---- how vocabularies write bytes ----
 
-    Printable Latin-1 stands for itself, the other bytes follow from U+0100 on, and Latin-1 that is
-    not printable stands for nothing (here: for U+FFFD, which is not Latin-1).
-    """
+
+def _alphabet() -> list[str]:
+    """Byte-level vocabularies write each byte as one printable character, as GPT-2's does:
+    printable Latin-1 as itself, the other bytes as U+0100 and on."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in printable]
-    return {byte: "\ufffd" for byte in others} | {
-        0x100 + i: chr(byte) for i, byte in enumerate(others)
-    }
+    return [chr(b if b in printable else 0x100 + others.index(b)) for b in range(256)]
 
 
-_BYTE_ALPHABET = _byte_alphabet()
+_ALPHABET = _alphabet()
+_BYTE_OF = {character: byte for byte, character in enumerate(_ALPHABET)}
 
 
-def _from_alphabet(token: str) -> bytes | None:
-    """The bytes a vocabulary entry stands for, or None where it has some other character."""
+def _to_alphabet(text: str | bytes) -> str:
+    data = text.encode() if isinstance(text, str) else text
+    return data.decode("latin-1").translate(_ALPHABET)
+
+
+def _from_alphabet(token: str) -> bytes:
+    """As in `tokenizers`, an added token too is read in the alphabet if all of it is in there."""
     try:
-        return token.translate(_BYTE_ALPHABET).encode("latin-1")
-    except UnicodeEncodeError:
-        return None
+        return bytes(_BYTE_OF[character] for character in token)
+    except KeyError:
+        return token.encode()
+
+
+# sentencepiece's vocabularies write characters as they are, a space as U+2581, and have a token
+# for each byte of the characters they lack.
+_SPACE = "\u2581"
+_BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]
+_BYTE_TOKEN = regex.compile("<0x[0-9A-Fa-f]{2}>")
+
+
+def _byte_tokens(character: str) -> list[str]:
+    return [_BYTE_TOKENS[byte] for byte in character.encode()]
+
+
+def _from_piece(token: str) -> bytes:
+    if _BYTE_TOKEN.fullmatch(token):
+        return bytes([int(token[3:5], 16)])
+    return token.replace(_SPACE, " ").encode()
 
 
 # ---- byte-pair encoding ----
 
-Merges = dict[tuple[bytes, bytes], int]  # pair -> priority, lowest first
-_NEVER = float("inf")
+Pair = tuple[str, str]
 
 
-def _merge(piece: bytes, merges: Merges) -> list[bytes]:
-    """Byte-pair encoding as `tokenizers` defines it: lowest priority first, leftmost on a tie."""
-    parts = [piece[i : i + 1] for i in range(len(piece))]  # b"" once absorbed by the part before
+def _merge(parts: list[str], priority: Callable[[Pair], int | None]) -> list[str]:
+    """Byte-pair encoding as `tokenizers` defines it: lowest priority first, leftmost on a tie.
+
+    Works in `parts`, where a part that the one before has absorbed is empty.
+    """
     before, after = list(range(-1, len(parts) - 1)), list(range(1, len(parts) + 1))
-    pairs = enumerate(pairwise(parts))
-    heap = [(merges[pair], i, pair) for i, pair in pairs if pair in merges]
+    heap = [
+        (rank, i, pair)
+        for i, pair in enumerate(pairwise(parts))
+        if (rank := priority(pair)) is not None
+    ]
     heapify(heap)
     while heap:
         _, i, pair = heappop(heap)
         j = after[i]
         if j == len(parts) or (parts[i], parts[j]) != pair:
             continue  # an entry made stale by an earlier merge
-        parts[i], parts[j], after[i] = pair[0] + pair[1], b"", after[j]
+        parts[i], parts[j], after[i] = pair[0] + pair[1], "", after[j]
         if after[i] < len(parts):
             before[after[i]] = i
         for k in (before[i], i):
             if k >= 0 and after[k] < len(parts):
                 new = (parts[k], parts[after[k]])
-                if new in merges:
-                    heappush(heap, (merges[new], k, new))
+                if (rank := priority(new)) is not None:
+                    heappush(heap, (rank, k, new))
     return [part for part in parts if part]
+
+
+def _merger(
+    pieces: str,
+    vocab: dict[str, int],
+    priority: Callable[[Pair], int | None],
+    spell: Callable[[str], str] = str,
+    unknown: Callable[[str], Iterable[str]] = lambda character: (),
+    whole_first: bool = False,
+) -> Stage:
+    """Cuts text into pieces, spells each in the vocabulary's characters and merges these.
+
+    `unknown`: the tokens for a character that is none itself; without any it is dropped, and its
+    neighbours can still merge. `whole_first`: a piece that is itself a token is not merged.
+    """
+    finder = regex.compile(pieces)
+
+    @lru_cache(maxsize=1 << 14)  # most words of a text have been seen before
+    def encode_piece(piece: str) -> list[int]:
+        spelled = spell(piece)
+        if whole_first and spelled in vocab:
+            return [vocab[spelled]]
+        parts = [part for c in spelled for part in ([c] if c in vocab else unknown(c))]
+        return [vocab[part] for part in _merge(parts, priority)]
+
+    def encode(text: str, _: bool) -> Iterator[int]:
+        for match in finder.finditer(text):
+            yield from encode_piece(match.group())
+
+    return encode
 
 
 def _read_vocab(model: dict) -> dict[str, int]:
@@ -124,148 +210,20 @@ def _read_vocab(model: dict) -> dict[str, int]:
     return vocab
 
 
-def _read_merges(model: dict, bytes_of: dict[str, bytes]) -> Merges:
+def _read_merges(model: dict, vocab: dict[str, int]) -> dict[Pair, int]:
     merges = {}
     for i, merge in enumerate(_field(model, "merges", list, "model.")):
-        pair = merge.split(" ") if isinstance(merge, str) else merge
         if isinstance(merge, str) and merge.startswith("#version"):
             continue  # the heading of an old merges.txt
-        try:
-            left, right = bytes_of[pair[0]], bytes_of[pair[1]]
-            bytes_of[pair[0] + pair[1]]
-        except (KeyError, TypeError, IndexError):
-            _refuse_merge(merge, pair, f"model.merges[{i}]")
-        if len(pair) != 2:
-            _refuse_merge(merge, pair, f"model.merges[{i}]")
-        merges[left, right] = i  # of two equal pairs the later one counts, as in `tokenizers`
+        pair = merge.split(" ") if isinstance(merge, str) else merge
+        is_pair = isinstance(pair, list) and len(pair) == 2
+        if not is_pair or not all(isinstance(part, str) and part for part in pair):
+            _unsupported(f"model.merges[{i}]", merge, '"left right" or ["left", "right"]')
+        if not vocab.keys() >= {*pair, pair[0] + pair[1]}:
+            merge = json.dumps(merge)
+            raise ValueError(f"model.merges[{i}] {merge} has a part or a result not in model.vocab")
+        merges[tuple(pair)] = i  # of two equal pairs the later one counts, as in `tokenizers`
     return merges
-
-
-def _refuse_merge(merge: Any, pair: Any, where: str) -> NoReturn:
-    is_pair = isinstance(pair, list) and len(pair) == 2 and all(isinstance(x, str) for x in pair)
-    if not is_pair or not all(pair):
-        _unsupported(where, merge, '"left right" or ["left", "right"]')
-    if None in map(_from_alphabet, pair):
-        _unsupported(where, merge, "byte-level characters (byte-level BPE)")
-    raise ValueError(f"{where} {json.dumps(merge)} has a part or a result not in model.vocab")
-
-
-@dataclass(frozen=True)
-class _BytePairs:
-    """Byte-level BPE through tiktoken, where that is the same thing, else through _merge."""
-
-    encoding: tiktoken.Encoding
-    splitter: regex.Pattern
-    vocab: dict[bytes, int]
-    merges: Merges
-    whole_first: bool  # ignore_merges: a piece that is itself in the vocabulary is not merged
-    ids: list[int]  # by tiktoken rank; the ranks of bytes with no token come after the end
-    exact: bool  # tiktoken's merges are these merges
-
-    def encode(self, text: str) -> list[int]:
-        ranks = _tiktoken_encode(self.encoding, text) if self.exact else []
-        if self.exact and max(ranks, default=0) < len(self.ids):
-            return [self.ids[rank] for rank in ranks]
-        pieces = (match.group().encode() for match in self.splitter.finditer(text))
-        return [id for piece in pieces for id in self.encode_piece(piece)]
-
-    def encode_piece(self, piece: bytes) -> list[int]:
-        """A byte with no token is dropped before merging, so its neighbours can still merge."""
-        if self.whole_first and piece in self.vocab:
-            return [self.vocab[piece]]
-        known = bytes(byte for byte in piece if bytes([byte]) in self.vocab)
-        return [self.vocab[part] for part in _merge(known, self.merges)]
-
-
-def _tiktoken_encode(encoding: tiktoken.Encoding, text: str) -> list[int]:
-    try:
-        return encoding.encode_ordinary(text)
-    except BaseException as error:
-        # A Rust panic (the regex engine's limit, as on a million spaces) is no Exception.
-        if type(error).__name__ != "PanicException":
-            raise
-        raise ValueError(f"text of {len(text)} characters cannot be split: {error}") from None
-
-
-def _stays_two(pair: tuple[bytes, bytes], merges: Merges, reached: dict) -> bool:
-    """Whether merging the pair's bytes by themselves comes to these two parts.
-
-    Follows the parts on both sides of the seam backwards from the pair to single bytes. It fails
-    if two of them are listed to merge before either would have grown on its own side; on a tie
-    the leftmost goes first.
-    """
-    (left, right), grow_left, grow_right = pair, _NEVER, _NEVER
-    while True:
-        (rank_left, split_left), (rank_right, split_right) = reached[left], reached[right]
-        across = merges.get((left, right), _NEVER)
-        if (left, right) != pair and across < grow_left and across <= grow_right:
-            return False
-        if rank_left > rank_right:
-            grow_left, left = rank_left, split_left[1]
-        elif split_right:
-            grow_right, right = rank_right, split_right[0]
-        else:
-            return True
-
-
-def _reachable(vocab: dict[bytes, int], merges: Merges) -> tuple[dict, bool]:
-    """{token: (priority, last pair)} of the tokens that merging can give, in order of priority.
-
-    False beside it: not all of them, as some token is made only from a part that a later merge of
-    the list makes. Such pairs for a token that is also made in order never come to be used.
-    """
-    reached = {token: (-1, None) for token in vocab if len(token) == 1}
-    skipped = []
-    for pair, priority in sorted(merges.items(), key=itemgetter(1)):
-        if pair[0] not in reached or pair[1] not in reached:
-            skipped.append(pair)
-        elif (token := pair[0] + pair[1]) not in reached and _stays_two(pair, merges, reached):
-            reached[token] = (priority, pair)
-    missed = (pair for pair in skipped if pair[0] + pair[1] not in reached)
-    return reached, not any(left in reached and right in reached for left, right in missed)
-
-
-def _splits(token: bytes, reached: dict) -> Iterator[tuple[bytes, bytes]]:
-    pairs = ((token[:i], token[i:]) for i in range(1, len(token)))
-    return ((left, right) for left, right in pairs if left in reached and right in reached)
-
-
-def _byte_pairs(model: dict, pattern: str) -> _BytePairs:
-    """tiktoken ranks the merged bytes, a merges list ranks pairs; here is why both agree.
-
-    A merge inside a span depends on that span alone until a merge crosses its ends. So a token t
-    appears in some text only if merging t by itself gives t, and then always out of the same last
-    pair. Hence: rank every such t by the priority of that pair, leave out the tokens that merging
-    never gives, and at every step tiktoken (any neighbours whose bytes have a rank) and a merges
-    list (listed pairs) have the same candidates in the same order, whatever other pairs are listed
-    for t. tiktoken looks a whole piece up before merging, which for these t gives the same.
-
-    With ignore_merges the left-out tokens must be found as whole pieces, so they get the highest
-    ranks. tiktoken could also merge two neighbours into such a token, but only if merging it by
-    itself stops at two parts. If there is one, or _reachable misses some, _merge does the work.
-    """
-    entries = _read_vocab(model)
-    bytes_of = {token: _from_alphabet(token) for token in entries}
-    bytes_of = {token: spelled for token, spelled in bytes_of.items() if spelled}
-    vocab = {spelled: entries[token] for token, spelled in bytes_of.items()}
-    merges = _read_merges(model, bytes_of)
-    reached, exact = _reachable(vocab, merges)
-    whole_first = bool(model.get("ignore_merges"))
-    whole = [token for token in vocab if token not in reached] if whole_first else []
-    if exact:
-        pairs = (pair for token in whole for pair in _splits(token, reached))
-        exact = not any(_stays_two(pair, merges, reached) for pair in pairs)
-    ranked = [*reached, *whole]
-    # tiktoken needs a rank for every byte; text that uses one of these goes through _merge.
-    missing = [bytes([byte]) for byte in range(256) if bytes([byte]) not in vocab]
-    if missing and model.get("unk_token"):
-        _unsupported("model.unk_token", model["unk_token"], "null where bytes have no token")
-    ranks = {token: rank for rank, token in enumerate(ranked + missing)}
-    encoding = tiktoken.Encoding(
-        "checkpoint", pat_str=pattern, mergeable_ranks=ranks, special_tokens={}
-    )
-    ids = [vocab[token] for token in ranked]
-    return _BytePairs(encoding, regex.compile(pattern), vocab, merges, whole_first, ids, exact)
 
 
 # ---- pre-tokenizers: how text is cut into pieces before merging, as one regular expression ----
@@ -273,7 +231,7 @@ def _byte_pairs(model: dict, pattern: str) -> _BytePairs:
 _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+"
 _REST = r" ?[^\s\p{L}\p{N}]+"
 _GPT2 = rf"{_WORDS}| ?\p{{N}}+|{_REST}|\s+(?!\S)|\s+"
-# Syntax that means the same to the regular expression engines involved (^ $ . and {2}+ do not).
+# Syntax that means the same to this engine and that of `tokenizers` (^ $ . and {2}+ do not).
 _ESCAPE = r"\\(?:[pP]\{\w+\}|[sSdrnt]|\W)"
 _PORTABLE = regex.compile(
     rf"(?!.*[\d,]\}}\+)(?:{_ESCAPE}|\[\^?(?:{_ESCAPE}|[^\\\[\]&])+\]"
@@ -306,7 +264,7 @@ def _split_pattern(step: dict, use_regex: bool) -> str:
         _unsupported("pre_tokenizer Split.[behavior, invert]", found, '["Isolated", false]')
     if use_regex:
         _unsupported("pre_tokenizer ByteLevel.use_regex", True, "false after Split")
-    # Text between two matches is a piece of its own; tiktoken alone would drop it.
+    # Text between two matches is a piece of its own.
     return rf"(?:{pattern})|(?:(?!{pattern})[\s\S])+"
 
 
@@ -333,6 +291,47 @@ def _pre_tokenizer(data: dict) -> tuple[str, bool]:
     return _PATTERNS[kinds](steps[0], byte_level.get("use_regex", True)), prefix_space
 
 
+# ---- sentencepiece's pieces and the spaces before them ----
+
+
+def _spaced_pieces(merges: Iterable[Pair], split: bool) -> str:
+    """Pieces that are merged each by itself: words, if the file says so or it changes nothing.
+
+    Where no merge gives a token that goes on with a space after something else, none can cross
+    such a place, so the text may be cut there.
+    """
+    if split:
+        return f"{_SPACE}[^{_SPACE}]*|[^{_SPACE}]+"
+    crossing = regex.compile(f"[^{_SPACE}]{_SPACE}")
+    if any(crossing.search(left + right) for left, right in merges):
+        return r"[\s\S]+"
+    return f"{_SPACE}+[^{_SPACE}]*|[^{_SPACE}]+"
+
+
+def _prepend_space(text: str, _: bool) -> list[str]:
+    """As in sentencepiece, also before text that has one already."""
+    return [_SPACE + text.replace(" ", _SPACE)]
+
+
+def _add_space(text: str, _: bool) -> list[str]:
+    """As in ByteLevel, only before text that has none."""
+    return [text if text.startswith(" ") else " " + text]
+
+
+def _metaspace(step: dict) -> Stage:
+    """A space before text that has none: always, only where the whole text starts, or never."""
+    scheme = step.get("prepend_scheme", "always")
+    if step.get("replacement") != _SPACE or scheme not in ("always", "first", "never"):
+        _unsupported("pre_tokenizer", step, 'U+2581 before "always", "first" or "never"')
+
+    def prepend(text: str, at_start: bool) -> list[str]:
+        text = text.replace(" ", _SPACE)
+        wanted = scheme == "always" or (scheme == "first" and at_start)
+        return [_SPACE + text if wanted and not text.startswith(_SPACE) else text]
+
+    return prepend
+
+
 # ---- added tokens: found in the text before anything else ----
 
 _WHITE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(
@@ -342,18 +341,19 @@ _WORD = regex.compile(r"[\p{Alphabetic}\p{M}\p{Nd}\p{Pc}\p{Join_Control}]")
 _SPACES = regex.compile(f"[{_WHITE}]*")
 
 
-@dataclass(frozen=True)
-class _AddedTokens:
-    """Tokens by content, and what finds them: leftmost first, then longest."""
+def _touches_word(text: str, start: int, stop: int) -> bool:
+    return bool((start > 0 and _WORD.match(text, start - 1)) or _WORD.match(text, stop))
 
-    tokens: dict[str, dict]
-    finder: regex.Pattern
 
-    def split(self, text: str) -> Iterator[str | int]:
-        """The text in order: ids of added tokens, and the stretches between them."""
+def _finder(tokens: dict[str, dict]) -> Stage:
+    """Finds tokens, given by content: leftmost first, then longest."""
+    longest_first = sorted(tokens, key=len, reverse=True)
+    finder = regex.compile("|".join(map(regex.escape, longest_first)))
+
+    def split(text: str, _: bool) -> Iterator[str | int]:
         done = 0
-        for match in self.finder.finditer(text):
-            token, (start, stop) = self.tokens[match.group()], match.span()
+        for match in finder.finditer(text):
+            token, (start, stop) = tokens[match.group()], match.span()
             if token.get("single_word") and _touches_word(text, start, stop):
                 continue
             if token.get("lstrip"):
@@ -367,33 +367,34 @@ class _AddedTokens:
         if done < len(text):
             yield text[done:]
 
-
-def _touches_word(text: str, start: int, stop: int) -> bool:
-    return bool((start > 0 and _WORD.match(text, start - 1)) or _WORD.match(text, stop))
+    return split
 
 
-def _read_added(data: dict, vocab: dict[str, int]) -> list[dict]:
-    token_of = {id: token for token, id in vocab.items()}
-    tokens = _field(data, "added_tokens", list) if data.get("added_tokens") is not None else []
-    for i, token in enumerate(tokens):
-        where = f"added_tokens[{i}]."
+def _read_added(entries: Iterable[tuple[str, Any]], vocab: dict[str, int]) -> list[dict]:
+    """Added tokens out of (where it is written, token) pairs; of equal ones the last counts."""
+    id_of, token_of, tokens = dict(vocab), {id: token for token, id in vocab.items()}, {}
+    for where, token in entries:
         content = _field(token if isinstance(token, dict) else {}, "content", str, where)
         id = _field(token, "id", int, where)
-        if vocab.get(content, id) != id or token_of.setdefault(id, content) != content or id < 0:
+        known = (id_of.setdefault(content, id), token_of.setdefault(id, content))
+        if known != (id, content) or id < 0:
             raise ValueError(f"{where}id {id} of {json.dumps(content)} contradicts another token")
-    return [token for token in tokens if token["content"]]
+        tokens[content] = token
+    return [token for content, token in tokens.items() if content]
 
 
-def _added_stages(tokens: list[dict]) -> list[_AddedTokens]:
-    """Tokens marked `normalized` are looked for only in what the others leave."""
-    stages = []
-    for normalized in (False, True):
-        mine = {t["content"]: t for t in tokens if bool(t.get("normalized")) == normalized}
-        longest_first = sorted(mine, key=len, reverse=True)
-        if mine:
-            finder = regex.compile("|".join(map(regex.escape, longest_first)))
-            stages.append(_AddedTokens(mine, finder))
-    return stages
+def _added_stages(tokens: list[dict], normalize: Stage | None) -> list[Stage]:
+    """Tokens marked `normalized` are looked for only in what the others leave, and there both it
+    and they are normalized."""
+    raw = {token["content"]: token for token in tokens if not token.get("normalized")}
+    rest = {token["content"]: token for token in tokens if token.get("normalized")}
+    if normalize:
+        rest = {"".join(normalize(content, True)): token for content, token in rest.items()}
+    return [
+        *([_finder(raw)] if raw else []),
+        *([normalize] if normalize else []),
+        *([_finder(rest)] if rest else []),
+    ]
 
 
 # ---- post-processor: ids put before and after the text ----
@@ -484,65 +485,81 @@ def _compile_template(source: str) -> jinja2.Template:
     return environment.from_string(source)
 
 
-def _read_chat_template(directory: Path, config: dict) -> str | None:
-    """chat_template.jinja if there, else tokenizer_config.json's own or the one named default."""
-    file = directory / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text("utf-8", errors="replace")
-    template = config.get("chat_template")
-    if isinstance(template, list):
-        named = [item for item in template if isinstance(item, dict)]
-        template = next((x.get("template") for x in named if x.get("name") == "default"), None)
-    if template is not None and not isinstance(template, str):
-        _unsupported("tokenizer_config.json: chat_template", template, "a string, or named ones")
-    return template
+def _render(
+    template: str | None, tokens: dict[str, str], messages: list[dict], add_generation_prompt: bool
+) -> str:
+    if template is None:
+        raise ValueError(
+            "this checkpoint has no default chat template: give plain prompts instead of"
+            " messages, or put a chat_template.jinja beside its tokenizer files"
+        )
+    given = {"messages": messages, "add_generation_prompt": add_generation_prompt}
+    try:
+        return _compile_template(template).render(**tokens, **given, tools=None, documents=None)
+    except Exception as error:  # a template is a program, so it can raise anything
+        reason = " ".join(str(error).split())
+        raise ValueError(f"chat template: {type(error).__name__}: {reason}") from None
 
 
-_ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
-
-
-def _read_special_tokens(config: dict, token_map: dict) -> dict[str, str]:
-    """{"bos_token": ..., ...} of the checkpoint; each may be a string or an AddedToken object."""
-    tokens = {}
-    for name in (f"{role}_token" for role in _ROLES):
-        value = config.get(name) or token_map.get(name)
-        value = value.get("content") if isinstance(value, dict) else value
-        if isinstance(value, str):
-            tokens[name] = value
-    return tokens
+def _turn_end(template: str | None, tokens: dict[str, str], added: Iterable[str]) -> str | None:
+    """The added token that the template writes after an answer, which is often not eos_token."""
+    answer = "a b c"
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": answer}]
+    try:
+        _, found, rest = _render(template, tokens, chat, False).rpartition(answer)
+    except ValueError:
+        return None
+    ends = [token for token in added if found and rest.lstrip().startswith(token)]
+    return max(ends, key=len, default=None)
 
 
 # ---- the tokenizer ----
+
+
+_ONE_PER_BYTE = "one U+FFFD per byte"  # a name that codecs resolves
+codecs.register_error(_ONE_PER_BYTE, lambda e: ("\ufffd" * (e.end - e.start), e.end))
 
 
 class TextStream:
     """Text of ids that arrive in batches: what push and finish return, joined, is the decode of
     all of them. A character whose bytes are still incomplete is held back until they are."""
 
-    def __init__(self, token_bytes: dict[int, bytes]):
+    def __init__(self, token_bytes: dict[int, bytes], errors: str, drop_space: bool):
         self.token_bytes = token_bytes
-        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self.decoder = codecs.getincrementaldecoder("utf-8")(errors=errors)
+        self.drop_space = self.at_space = drop_space
 
     def push(self, ids: Iterable[int]) -> str:
-        return self.decoder.decode(b"".join(self.token_bytes.get(id, b"") for id in ids))
+        return self.decode(b"".join(self.token_bytes.get(id, b"") for id in ids))
 
     def finish(self) -> str:
         """What was held back, as U+FFFD; the stream is empty again afterwards."""
-        return self.decoder.decode(b"", final=True)
+        text = self.decode(b"", final=True)
+        self.at_space = self.drop_space
+        return text
+
+    def decode(self, data: bytes, final: bool = False) -> str:
+        text = self.decoder.decode(data, final)
+        if text and self.at_space:
+            self.at_space = False
+            return text.removeprefix(" ")
+        return text
 
 
 @dataclass(frozen=True)
 class Tokenizer:
     """Made by load_tokenizer. `eos_ids` and `chat_template` are those of the tokenizer's files."""
 
-    encode_text: Callable[[str], list[int]]  # of text in which no added token is to be found
-    added: list[_AddedTokens]
+    source: str  # the file it was read from and its kind: "tokenizer.model (sentencepiece)"
+    stages: list[Stage]  # text becomes ids; what the last one leaves are ids alone
     around: tuple[list[int], list[int]]  # ids before and after the text
     token_bytes: dict[int, bytes]
     text_bytes: dict[int, bytes]  # the same without special tokens
     special_tokens: dict[str, str]
-    eos_ids: tuple[int, ...]
+    eos_ids: tuple[int, ...]  # each ends an answer
     chat_template: str | None
+    byte_errors: str  # codecs' name of what to do with invalid UTF-8
+    drop_space: bool  # a space was put before the text, so one is taken off
 
     @property
     def vocab_size(self) -> int:
@@ -552,26 +569,30 @@ class Tokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Ids of the text; added tokens written out in it become their ids.
 
-        Half of a surrogate pair, which no UTF-8 can hold, is read as U+FFFD. ValueError: text that
-        the regular expression engine gives up on, such as a million spaces in a row.
+        Half of a surrogate pair, which no UTF-8 can hold, is read as U+FFFD.
         """
         parts: list[str | int] = [_without_surrogates(text)] if text else []
-        for stage in self.added:
+        for stage in self.stages:
             parts = [
-                x for part in parts for x in (stage.split(part) if type(part) is str else [part])
+                x
+                for i, part in enumerate(parts)
+                for x in (stage(part, i == 0) if type(part) is str else [part])
             ]
-        ids = [
-            i for part in parts for i in (self.encode_text(part) if type(part) is str else [part])
-        ]
-        return [*self.around[0], *ids, *self.around[1]] if add_special_tokens else ids
+        return [*self.around[0], *parts, *self.around[1]] if add_special_tokens else parts
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
-        """Text of the ids. Invalid UTF-8 gives U+FFFD, an id that names no token gives nothing."""
+        """Text of the ids. An id that names no token gives nothing, invalid UTF-8 gives U+FFFD.
+
+        From sentencepiece's byte tokens it gives one for each byte, as that library does, so that
+        a stream need not wait for the last of them (`tokenizers` replaces the whole run of bytes).
+        """
         stream = self.stream(skip_special_tokens)
         return stream.push(ids) + stream.finish()
 
-    def stream(self, skip_special_tokens: bool = True) -> TextStream:
-        return TextStream(self.text_bytes if skip_special_tokens else self.token_bytes)
+    def stream(self, skip_special_tokens: bool = True, continues: bool = False) -> TextStream:
+        """`continues`: the ids go on after others, so a space at their start is text."""
+        token_bytes = self.text_bytes if skip_special_tokens else self.token_bytes
+        return TextStream(token_bytes, self.byte_errors, self.drop_space and not continues)
 
     def apply_chat_template(self, messages: list[dict], add_generation_prompt: bool = True) -> str:
         """The prompt for these {"role": ..., "content": ...} messages.
@@ -579,118 +600,368 @@ class Tokenizer:
         The template writes bos itself, so encode the result with add_special_tokens=False.
         ValueError: there is no template, or it failed, or it refused the messages.
         """
-        if self.chat_template is None:
-            raise ValueError(
-                "this checkpoint has no default chat template: give plain prompts instead of"
-                " messages, or put a chat_template.jinja beside its tokenizer.json"
-            )
-        given = {"messages": messages, "add_generation_prompt": add_generation_prompt}
-        try:
-            template = _compile_template(self.chat_template)
-            return template.render(**self.special_tokens, **given, tools=None, documents=None)
-        except Exception as error:  # a template is a program, so it can raise anything
-            reason = " ".join(str(error).split())
-            raise ValueError(f"chat template: {type(error).__name__}: {reason}") from None
+        return _render(self.chat_template, self.special_tokens, messages, add_generation_prompt)
 
 
 def _without_surrogates(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-# ---- loading ----
+# ---- the files beside: they name special tokens and add tokens ----
+
+
+@dataclass(frozen=True)
+class _Beside:
+    config: dict  # tokenizer_config.json
+    token_map: dict  # special_tokens_map.json
+    added: dict  # added_tokens.json: ids by content
+    chat_template: str | None
+
+    def roles(self) -> list[tuple[str, str]]:
+        """("eos_token", "</s>") and the like; of two for one role the later counts."""
+        named = [*self.token_map.items(), *self.config.items()]
+        return [(k, _content(v)) for k, v in named if k.endswith("_token") and _content(v)]
+
+    def tokens(self, vocab: dict[str, int]) -> Iterator[tuple[str, Any]]:
+        """(where it is written, added token) pairs."""
+        special = {token for _, token in self.roles()}
+        file = "tokenizer_config.json: "
+        for where, source in (("special_tokens_map.json: ", self.token_map), (file, self.config)):
+            for name in ("additional_special_tokens", "extra_special_tokens"):
+                listed = source.get(name) or []
+                if not isinstance(listed, list | dict):
+                    _unsupported(where + name, listed, "a list or an object")
+                special.update(map(_content, listed.values() if type(listed) is dict else listed))
+        for content in special & vocab.keys():
+            yield "", {"content": content, "id": vocab[content], "special": True}
+        for content, id in self.added.items():
+            token = {"content": content, "id": id, "special": content in special}
+            yield f"added_tokens.json[{json.dumps(content)}].", token
+        for id, token in _optional(self.config, "added_tokens_decoder", dict, file).items():
+            where = f"{file}added_tokens_decoder[{json.dumps(id)}]."
+            number = int(id) if id.isdecimal() else id
+            yield where, token | {"id": number} if isinstance(token, dict) else token
+
+
+def _content(token: Any) -> str | None:
+    """A special token may be given as a string or as an AddedToken object."""
+    content = token.get("content") if isinstance(token, dict) else token
+    return content if isinstance(content, str) else None
+
+
+def _read_chat_template(directory: Path, config: dict) -> str | None:
+    """chat_template.jinja if there, else tokenizer_config.json's own or the one named default."""
+    file = directory / "chat_template.jinja"
+    if file.is_file():
+        return _read_text(file)
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        named = [item for item in template if isinstance(item, dict)]
+        template = next((x.get("template") for x in named if x.get("name") == "default"), None)
+    if template is not None and not isinstance(template, str):
+        with _naming(directory / "tokenizer_config.json"):
+            _unsupported("chat_template", template, "a string, or named ones")
+    return template
+
+
+def _read_beside(directory: Path) -> _Beside:
+    names = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+    files = [_read_json(file) if (file := directory / name).is_file() else {} for name in names]
+    return _Beside(*files, _read_chat_template(directory, files[0]))
+
+
+# ---- the tokenizer files ----
+
+
+@dataclass(frozen=True)
+class _Model:
+    """What a tokenizer file says by itself; the files beside it add to that."""
+
+    kind: str
+    vocab: dict[str, int]
+    spell: Callable[[str], bytes]  # of a token
+    stages: list[Stage]  # for text in which no added token is left
+    added: Iterable[tuple[str, Any]] = ()  # (where it is written, token) pairs
+    normalize: Stage | None = None  # before added tokens marked `normalized` are looked for
+    around: tuple[list[int], list[int]] | None = None  # None: decided by add_bos_token and the like
+    add_bos: bool = False  # where add_bos_token is not given
+    special_tokens: dict[str, str] = field(default_factory=dict)  # where none are named beside
+    byte_errors: str = "replace"
+    drop_space: bool = False
+
+
+def _special(ids: dict[str, int]) -> list[tuple[str, dict]]:
+    return [("", {"content": token, "id": id, "special": True}) for token, id in ids.items()]
+
 
 _MODEL_DEFAULTS = {
     "type": (None, "BPE"),  # older files name no type
-    "byte_fallback": (None, False),
     "continuing_subword_prefix": (None, ""),
     "end_of_word_suffix": (None, ""),
     "dropout": (None, 0),
 }
-_OTHER_FILES = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tokenizer.tiktoken")
+_NO_NORMALIZER = (None, {"type": "Sequence", "normalizers": []})
+_PREPEND = {"type": "Prepend", "prepend": _SPACE}
+_TO_SPACE = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
+_FROM_SPACE = {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "}
+_DECODERS = [_FROM_SPACE, {"type": "ByteFallback"}, {"type": "Fuse"}]
+_DROP_SPACE = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
 
 
-def _check_supported(data: dict) -> None:
-    model = _field(data, "model", dict)
-    for name, supported in _MODEL_DEFAULTS.items():
-        if model.get(name) not in supported:
-            _unsupported(
-                f"model.{name}", model[name], f"{json.dumps(supported[1])} (byte-level BPE)"
-            )
-    if data.get("normalizer") not in (None, {"type": "Sequence", "normalizers": []}):
+def _byte_level_json(data: dict) -> _Model:
+    if data.get("normalizer") not in _NO_NORMALIZER:
         _unsupported("normalizer", data["normalizer"], "null")
     decoder = data.get("decoder")
     if not isinstance(decoder, dict) or decoder.get("type") != "ByteLevel":
         _unsupported("decoder", decoder, "ByteLevel")
+    model, (pieces, prefix_space) = data["model"], _pre_tokenizer(data)
+    vocab = _read_vocab(model)
+    merges = _read_merges(model, vocab)
+    if model.get("unk_token") and not vocab.keys() >= set(_ALPHABET):
+        _unsupported("model.unk_token", model["unk_token"], "null where bytes have no token")
+    whole_first = bool(model.get("ignore_merges"))
+    merge = _merger(pieces, vocab, merges.get, _to_alphabet, whole_first=whole_first)
+    stages = [_add_space, merge] if prefix_space else [merge]
+    return _Model("byte-level BPE", vocab, _from_alphabet, stages)
 
 
-def _text_encoder(data: dict) -> Callable[[str], list[int]]:
-    pattern, prefix_space = _pre_tokenizer(data)
-    encode = _byte_pairs(data["model"], pattern).encode
-    if not prefix_space:
-        return encode
-    return lambda text: encode(text if text.startswith(" ") else " " + text)
+def _sentencepiece_json(data: dict) -> _Model:
+    """Either Llama 2's normalizer puts a space before each stretch of text between tokens found
+    in it, or a Metaspace pre-tokenizer says before which."""
+    model, normalizer, step = data["model"], data.get("normalizer"), data.get("pre_tokenizer")
+    llama2 = normalizer == {"type": "Sequence", "normalizers": [_PREPEND, _TO_SPACE]} and not step
+    metaspace = isinstance(step, dict) and step.get("type") == "Metaspace"
+    if not llama2 and (normalizer not in _NO_NORMALIZER or not metaspace):
+        supported = "[Prepend U+2581 + Replace, null] or [null, Metaspace] (byte_fallback)"
+        _unsupported("[normalizer, pre_tokenizer]", [normalizer, step], supported)
+    decoder = data.get("decoder")
+    decoders = decoder.get("decoders") if isinstance(decoder, dict) else None
+    if decoders not in (_DECODERS, [*_DECODERS, _DROP_SPACE]):
+        supported = "Replace U+2581, ByteFallback, Fuse and at most one Strip (byte_fallback)"
+        _unsupported("decoder", decoder, supported)
+    if model.get("ignore_merges"):
+        _unsupported("model.ignore_merges", True, "false with byte_fallback")
+    vocab = _read_vocab(model)
+    merges = _read_merges(model, vocab)
+    if missing := [token for token in _BYTE_TOKENS if token not in vocab]:
+        raise ValueError(f"model.vocab has no {missing[0]}; byte_fallback needs a token per byte")
+    pieces = _spaced_pieces(merges, metaspace and step.get("split", True))
+    merge = _merger(pieces, vocab, merges.get, unknown=_byte_tokens)
+    return _Model(
+        "sentencepiece BPE",
+        vocab,
+        _from_piece,
+        [merge] if llama2 else [_metaspace(step), merge],
+        normalize=_prepend_space if llama2 else None,
+        byte_errors=_ONE_PER_BYTE,
+        drop_space=_DROP_SPACE in decoders,
+    )
 
 
-def _around(data: dict, ids: dict[str, int], config: dict, tokens: dict[str, str]) -> tuple:
-    """tokenizer.json's post_processor decides; only where it is silent does add_bos_token."""
-    around = _post_processor(data.get("post_processor"))
-    bos = tokens.get("bos_token")
-    if around is None and config.get("add_bos_token") and bos in ids:
-        around = ([ids[bos]], [])
-    return around or ([], [])
+def _read_tokenizer_json(path: Path, _: _Beside) -> _Model:
+    data = _read_json(path)
+    with _naming(path):
+        model = _field(data, "model", dict)
+        for name, supported in _MODEL_DEFAULTS.items():
+            if model.get(name) not in supported:
+                _unsupported(f"model.{name}", model[name], json.dumps(supported[1]))
+        read = _sentencepiece_json if model.get("byte_fallback") else _byte_level_json
+        added = enumerate(_optional(data, "added_tokens", list))
+        return replace(
+            read(data),
+            added=[(f"added_tokens[{i}].", token) for i, token in added],
+            around=_post_processor(data.get("post_processor")),
+        )
 
 
-def _eos_ids(ids: dict[str, int], tokens: dict[str, str]) -> tuple[int, ...]:
-    eos = tokens.get("eos_token")
-    if eos is None:
-        return ()
-    if eos not in ids:
-        raise ValueError(f"has no token {json.dumps(eos)}, the eos_token of tokenizer_config.json")
-    return (ids[eos],)
+def _read_vocab_and_merges(path: Path, beside: _Beside) -> _Model:
+    merges = path.with_name("merges.txt")
+    if not merges.is_file():
+        raise ValueError(f"{path}: {merges.name} is missing beside it")
+    lines = _read_text(merges).replace("\r\n", "\n").removesuffix("\n").split("\n")
+    model = {"vocab": _read_json(path), "merges": lines}
+    with _naming(path.with_name("vocab.json + merges.txt")):
+        space = bool(beside.config.get("add_prefix_space"))
+        step = {"type": "ByteLevel", "add_prefix_space": space}
+        data = {"model": model, "pre_tokenizer": step, "decoder": {"type": "ByteLevel"}}
+        model = replace(_byte_level_json(data), kind="byte-level BPE with merges.txt")
+    end = "<|endoftext|>"  # GPT-2's only special token, which these two files do not mark
+    if end not in model.vocab:
+        return model
+    roles = {"bos_token": end, "eos_token": end}
+    return replace(model, added=_special({end: model.vocab[end]}), special_tokens=roles)
 
 
-def _from_tokenizer_json(data: dict, directory: Path, config: dict, token_map: dict) -> Tokenizer:
-    _check_supported(data)
-    encode_text = _text_encoder(data)
-    vocab = data["model"]["vocab"]
-    added = _read_added(data, vocab)
-    ids = vocab | {token["content"]: token["id"] for token in added}
+_RANK = regex.compile(rb"([A-Za-z0-9+/]+={0,2}) (\d+)")
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def _llama3_special_tokens(first_id: int) -> dict[str, int]:
+    """Llama 3's 256."""
+    reserved = [f"reserved_special_token_{i}" for i in range(251)]
+    names = ["begin_of_text", "end_of_text", *reserved[:4], "start_header_id", "end_header_id"]
+    names += [reserved[4], "eot_id", *reserved[5:]]
+    return {f"<|{name}|>": id for id, name in enumerate(names, first_id)}
+
+
+def _read_ranks(data: bytes) -> dict[str, int]:
+    ranks = {}
+    for number, line in enumerate(data.rstrip(b"\n").split(b"\n"), 1):
+        match = _RANK.fullmatch(line)
+        try:
+            ranks[_to_alphabet(base64.b64decode(match[1], validate=True))] = int(match[2])
+        except (TypeError, ValueError):  # no match, or not base64
+            shown = repr(line[:40])[1:]
+            raise ValueError(f"line {number} is {shown}; expected base64 and a rank") from None
+    if sorted(ranks.values()) != list(range(number)):
+        raise ValueError(f"the ranks of its {number} lines are not 0 to {number - 1}, once each")
+    if missing := [byte for byte, token in enumerate(_ALPHABET) if token not in ranks]:
+        raise ValueError(f"byte {missing[0]} has no rank; expected one for each byte")
+    return ranks
+
+
+def _tiktoken(data: bytes, beside: _Beside) -> _Model:
+    """Meta's file has the ranks alone; pattern and special tokens are in Llama 3's program."""
+    ranks = _read_ranks(data)
+    model = _Model(
+        "tiktoken ranks",
+        ranks,
+        _from_alphabet,
+        [
+            _merger(
+                _LLAMA3,
+                ranks,
+                lambda pair: ranks.get("".join(pair)),
+                _to_alphabet,
+                whole_first=True,
+            )
+        ],
+        add_bos=True,
+    )
+    if "added_tokens_decoder" in beside.config:  # Llama 3.1 has other names for some of the ids
+        return model
+    roles = {"bos": "<|begin_of_text|>", "eos": "<|end_of_text|>", "eot": "<|eot_id|>"}
+    return replace(
+        model,
+        added=_special(_llama3_special_tokens(len(ranks))),
+        special_tokens={f"{role}_token": token for role, token in roles.items()},
+    )
+
+
+# Appended to a model it sets normalizer_spec.add_dummy_prefix to false: protocol buffers merge.
+_NO_PREFIX = b"\x1a\x02\x18\x00"
+
+
+def _sentencepiece(data: bytes, beside: _Beside) -> _Model:
+    """Each stretch of text between tokens found in it gets a space in front, as each text does in
+    sentencepiece; with `"legacy": false` only the one where the whole text starts."""
+    try:
+        prefixed = sentencepiece.SentencePieceProcessor(model_proto=data)
+        bare = sentencepiece.SentencePieceProcessor(model_proto=data + _NO_PREFIX)
+        pieces = prefixed.id_to_piece(list(range(prefixed.vocab_size())))
+    except (RuntimeError, UnicodeDecodeError):
+        raise ValueError(
+            "neither a sentencepiece model nor tiktoken ranks; the file is damaged: fetch it again"
+        ) from None
+    legacy = beside.config.get("legacy") is not False
+    found = {p: i for i, p in enumerate(pieces) if prefixed.is_control(i) or prefixed.is_unknown(i)}
+    roles = {"bos_token": prefixed.bos_id(), "eos_token": prefixed.eos_id()}
+    return _Model(
+        "sentencepiece",
+        {piece: id for id, piece in enumerate(pieces)},
+        _from_piece,
+        [lambda text, at_start: (prefixed if legacy or at_start else bare).encode(text)],
+        added=_special(found),
+        add_bos=True,
+        special_tokens={role: pieces[id] for role, id in roles.items() if id >= 0},
+        byte_errors=_ONE_PER_BYTE,
+        drop_space=prefixed.normalize("a").startswith(_SPACE),
+    )
+
+
+def _read_tokenizer_model(path: Path, beside: _Beside) -> _Model:
+    data = path.read_bytes()
+    is_ranks = _RANK.fullmatch(data.partition(b"\n")[0])
+    with _naming(path):
+        return (_tiktoken if is_ranks else _sentencepiece)(data, beside)
+
+
+# ---- loading ----
+
+_READERS = {
+    "tokenizer.json": _read_tokenizer_json,
+    "tokenizer.model": _read_tokenizer_model,
+    "vocab.json": _read_vocab_and_merges,
+    "original/tokenizer.model": _read_tokenizer_model,
+}
+_OTHER_FILES = ("merges.txt", "spiece.model", "vocab.txt", "tokenizer.tiktoken")
+
+
+def _around(model: _Model, config: dict, ids: dict[str, int], tokens: dict[str, str]) -> tuple:
+    """tokenizer.json's post_processor decides; only where it is silent do add_bos_token and
+    add_eos_token."""
+    if model.around is not None:
+        return model.around
+
+    def ids_of(role: str, default: bool) -> list[int]:
+        wanted, id = config.get(f"add_{role}_token"), ids.get(tokens.get(f"{role}_token"))
+        return [id] if id is not None and (default if wanted is None else wanted) else []
+
+    return ids_of("bos", model.add_bos), ids_of("eos", False)
+
+
+def _eos_ids(beside: _Beside, ids: dict[str, int], tokens: dict[str, str], turn_end: str | None):
+    """Every token by which the files say that an answer ends. They need not agree: Granite 7B's
+    config names </s>, but its turns end with another."""
+    ends = [token for role, token in beside.roles() if role == "eos_token"]
+    for eos in ends:
+        if eos not in ids:
+            found = f"{json.dumps(eos)}, the eos_token of tokenizer_config.json"
+            raise ValueError(f"has no token {found} or special_tokens_map.json")
+    ends = [tokens.get("eos_token"), *ends, tokens.get("eot_token"), turn_end]
+    return tuple(dict.fromkeys(ids[end] for end in ends if end in ids))
+
+
+def _tokenizer(model: _Model, beside: _Beside, source: str) -> Tokenizer:
+    added = _read_added([*beside.tokens(model.vocab), *model.added], model.vocab)
+    tokens = model.special_tokens | dict(beside.roles())
+    ids = model.vocab | {token["content"]: token["id"] for token in added}
     special = {token["id"] for token in added if token.get("special")}
-    tokens = _read_special_tokens(config, token_map)
-    # As in `tokenizers`, an added token too is read in the byte alphabet if all of it is in there.
-    token_bytes = {id: _from_alphabet(token) or token.encode() for token, id in ids.items()}
+    token_bytes = {id: model.spell(token) for token, id in ids.items()}
+    turn_end = _turn_end(beside.chat_template, tokens, (token["content"] for token in added))
     return Tokenizer(
-        encode_text=encode_text,
-        added=_added_stages(added),
-        around=_around(data, ids, config, tokens),
+        source=f"{source} ({model.kind})",
+        stages=[*_added_stages(added, model.normalize), *model.stages],
+        around=_around(model, beside.config, ids, tokens),
         token_bytes=token_bytes,
         text_bytes={id: text for id, text in token_bytes.items() if id not in special},
         special_tokens=tokens,
-        eos_ids=_eos_ids(ids, tokens),
-        chat_template=_read_chat_template(directory, config),
+        eos_ids=_eos_ids(beside, ids, tokens, turn_end),
+        chat_template=beside.chat_template,
+        byte_errors=model.byte_errors,
+        drop_space=model.drop_space,
     )
 
 
 def load_tokenizer(directory: str | Path) -> Tokenizer | None:
     """The tokenizer of a checkpoint directory, or None if it has no tokenizer file at all.
 
-    Reads tokenizer.json and, where present, tokenizer_config.json, special_tokens_map.json and
-    chat_template.jinja. ValueError, in one line naming file and field: the directory is missing,
-    a file is malformed, or the tokenizer is of a kind that is not supported.
+    ValueError, in one line naming file and field: the directory is missing, a file is malformed,
+    or the tokenizer is of a kind that is not supported.
     """
     directory = Path(directory)
     if not directory.is_dir():
         raise ValueError(f"{directory}: no such directory")
-    path = directory / "tokenizer.json"
-    if not path.is_file():
-        others = [name for name in _OTHER_FILES if (directory / name).is_file()]
-        if not others:
-            return None
-        raise ValueError(f"{directory / others[0]}: not supported without a tokenizer.json")
-    data = _read_json(path)
-    beside = (directory / name for name in ("tokenizer_config.json", "special_tokens_map.json"))
-    config, token_map = (_read_json(file) if file.is_file() else {} for file in beside)
-    try:
-        return _from_tokenizer_json(data, directory, config, token_map)
-    except ValueError as error:
-        raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
+    source = next((name for name in _READERS if (directory / name).is_file()), None)
+    if source is None:
+        others = [directory / name for name in _OTHER_FILES if (directory / name).is_file()]
+        if others:
+            raise ValueError(f"{others[0]}: not supported alone; supported: {', '.join(_READERS)}")
+        return None
+    beside = _read_beside(directory)
+    model = _READERS[source](directory / source, beside)
+    with _naming(directory / source):
+        return _tokenizer(model, beside, source)
