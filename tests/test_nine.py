@@ -8,6 +8,8 @@ for that answer. So drafts are right only if every tensor is where it belongs.
 """
 
 import json
+import math
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,8 +40,10 @@ from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
-from fastspec import DEFAULT_PROMPT, LLM, TARGETS
-from speculator import load_speculator
+import fastspec
+from fastspec import DEFAULT_MAX_SEQ_LEN, DEFAULT_PROMPT, LLM, TARGETS
+from model import Transformer, kv_cache_shape
+from speculator import MLPSpeculator, SpeculatorArgs, load_speculator
 from tokenizer import load_tokenizer
 
 # ---- tokenizers: their files as published, and what the model's files say of their ids ----
@@ -387,3 +391,24 @@ def test_every_tokenizer_file_gives_the_ids_of_the_prompt(nine, main, tmp_path):
         text = ours.apply_chat_template([{"role": "user", "content": DEFAULT_PROMPT}])
         assert ours.encode(text, add_special_tokens=False) == nine.prompt
         (target / source).unlink()
+
+
+def gigabytes(name):
+    """bfloat16 weights of target and speculator, and the cache of one row, on a GPU."""
+    target = BASES[TARGETS[name].rpartition("/")[2]][1]
+    speculator = SpeculatorArgs.from_config({"model_type": "mlp_speculator"} | PUBLISHED[name][0])
+    with torch.device("meta"):
+        modules = [Transformer(target), MLPSpeculator(speculator)]
+    slots = min(target.max_position, DEFAULT_MAX_SEQ_LEN) + speculator.n_predict + 1
+    numbers = sum(p.numel() for module in modules for p in module.parameters())
+    return 2 * (numbers + math.prod(kv_cache_shape(target, 1, slots))) / 1e9
+
+
+def test_the_table_of_the_readme():
+    """Names, targets and computed memory."""
+    readme = (Path(fastspec.__file__).parent / "README.md").read_text("utf-8")
+    table = re.findall(r"^\| `([^`]+-accelerator)` \| `([^`]+)` \| ([\d.]+) GB \|$", readme, re.M)
+    assert table == [
+        (f"{accelerator.owner}/{name}", TARGETS[name], f"{gigabytes(name):.1f}")
+        for name, accelerator in NINE.items()
+    ]
