@@ -22,7 +22,7 @@ import torch
 from conftest import run_main, store_as_bin, tiny_gpt_bigcode, tiny_llama, tiny_speculator
 from huggingface_hub.utils import filter_repo_objects
 from test_model import BASES
-from test_speculator import PUBLISHED, store
+from test_speculator import PUBLISHED, reference, store
 from test_tokenizer import (
     BYTE_OF,
     FLAGS,
@@ -43,7 +43,7 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 import fastspec
 from fastspec import DEFAULT_MAX_SEQ_LEN, DEFAULT_PROMPT, LLM, TARGETS
 from model import Transformer, kv_cache_shape
-from speculator import MLPSpeculator, SpeculatorArgs, load_speculator
+from speculator import MLPSpeculator, SpeculatorArgs
 from tokenizer import load_tokenizer
 
 # ---- tokenizers: their files as published, and what the model's files say of their ids ----
@@ -250,22 +250,25 @@ def end_the_answer(model, prompt, ends):
     head[[ends[0], answer[new[-1]]]] = head[[answer[new[-1]], ends[0]]]
 
 
-def solve_heads(tensors, speculator, model, prompt, answer):
+def solve_heads(config, tensors, model, prompt, answer):
     """Heads that draft this answer, as far as a linear layer can: least squares on the states that
-    they meet at each of its positions."""
-    args, text = speculator.args, torch.tensor([prompt + answer])
-    hidden = model(text, output_hidden_states=True).hidden_states[-1][0]  # after the final norm
-    first, count = len(prompt) - 1, len(answer) - args.n_predict
-    state, states, wanted = speculator.start(hidden[first - 1 :][:count]), [], []
-    for i in range(args.n_predict):
-        state, _ = speculator.step(i, state, text[0, first + i :][:count])
-        states.append(state)
-        wanted.append(torch.eye(args.vocab_size)[text[0, first + i + 1 :][:count]])
-    if args.tie_weights:
-        states, wanted = [torch.cat(states)], [torch.cat(wanted)]
-    heads = [torch.linalg.lstsq(x, y).solution.T for x, y in zip(states, wanted, strict=True)]
-    for i in range(args.n_predict):
-        tensors[f"head.{i}.weight"] = heads[0 if args.tie_weights else i]
+    the published formulas give at each of its positions."""
+    text, n = torch.tensor(prompt + answer), config["n_predict"]
+    hidden = model(text[None], output_hidden_states=True).hidden_states[-1][0]  # final norm
+    first, count = len(prompt) - 1, len(answer) - n
+    wanted = [text[first + i :][:count] for i in range(n + 1)]  # the last token, and n after it
+    steps, _ = reference(
+        config, tensors, hidden[first - 1 :][:count], wanted[0], n, lambda _, i: wanted[i]
+    )
+    states, drafts = [state for state, _ in steps], wanted[1:]
+    if config.get("tie_weights"):
+        states, drafts = [torch.cat(states)], [torch.cat(drafts)]
+    one_hot = torch.eye(config["vocab_size"], dtype=torch.float64)
+    heads = [
+        torch.linalg.lstsq(x, one_hot[y]).solution.T for x, y in zip(states, drafts, strict=True)
+    ]
+    for i in range(n):
+        tensors[f"head.{i}.weight"] = heads[min(i, len(heads) - 1)]
 
 
 def save_accelerator(directory, name, target, ids, model):
@@ -278,10 +281,10 @@ def save_accelerator(directory, name, target, ids, model):
     if NINE[name].names_target:
         config["base_model_name_or_path"] = TARGETS[name]
     assert ("base_model_name_or_path" in config) is NINE[name].names_target
-    _, tensors = tiny_speculator(directory, **config)
+    config, tensors = tiny_speculator(directory, **config)
     prompt = prompt_ids(target)
     answer = greedy_ids(model, prompt, ids.ends)
-    solve_heads(tensors, load_speculator(directory), model, prompt, answer)
+    solve_heads(config, tensors, model, prompt, answer)
     store_accelerator(directory, tensors, NINE[name].weights)
     return prompt, answer
 
