@@ -291,6 +291,14 @@ SAFETENSORS = {
     ),
 }
 
+
+class Greedy:
+    """A petabyte when a pickle loads it, made of a type that torch allows."""
+
+    def __reduce__(self):
+        return bytearray, (10**15,)
+
+
 BIN_INDEX = "pytorch_model.bin.index.json"
 BIN = {
     name: (
@@ -312,6 +320,10 @@ BIN |= {
     "NaN": (
         as_bin(bin_tensors(lambda found: {n: t * math.nan for n, t in found.items()})),
         "pytorch_model.bin: .* holds NaN",
+    ),
+    "a pickle that asks for memory": (
+        as_bin(lambda d: torch.save({"a": Greedy()}, d / "pytorch_model.bin")),
+        "pytorch_model.bin: cut off or damaged",
     ),
     "code in the second shard": (
         as_bin(
