@@ -768,7 +768,7 @@ class LLM:
             max_seq_len = min(self.args.max_position, DEFAULT_MAX_SEQ_LEN)
         if not (is_integer(batch_size, 1) and is_integer(max_seq_len, 2)):
             raise ValueError(
-                f"batch_size {batch_size} or max_seq_len {max_seq_len} is too small: "
+                f"batch_size {batch_size} or max_seq_len {max_seq_len} is out of range: "
                 "at least 1 row and 2 tokens"
             )
         if max_seq_len > self.args.max_position:
@@ -991,12 +991,15 @@ def end_of_sequence_ids(directory: Path, config: dict, tokenizer: Tokenizer | No
     """Every id by which the checkpoint says an answer ends: a chat model's turn often ends with
     another one than config.json names."""
     ids = set(tokenizer.eos_ids if tokenizer else ())
-    sources = [config]
+    sources = {"config.json": config}
     if (path := directory / "generation_config.json").exists():
-        sources.append(read_json(path))
-    for source in sources:
+        sources[path.name] = read_json(path)
+    for name, source in sources.items():
         found = source.get("eos_token_id")
-        ids |= set(found if isinstance(found, list) else [] if found is None else [found])
+        found = found if isinstance(found, list) else [] if found is None else [found]
+        if bad := [id for id in found if not is_integer(id, 0)]:
+            raise ValueError(f"{directory / name}: eos_token_id {bad[0]!r} is not a token id")
+        ids |= set(found)
     return ids
 
 

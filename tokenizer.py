@@ -138,6 +138,7 @@ def _from_piece(token: str) -> bytes:
 # ---- byte-pair encoding ----
 
 Pair = tuple[str, str]
+_MOST_SECONDS = 60  # to cut up a text: a hostile pattern takes exponential time
 
 
 def _merge(parts: list[str], priority: Callable[[Pair], int | None]) -> list[str]:
@@ -192,8 +193,13 @@ def _merger(
         return [vocab[part] for part in _merge(parts, priority)]
 
     def encode(text: str, _: bool) -> Iterator[int]:
-        for match in finder.finditer(text):
-            yield from encode_piece(match.group())
+        try:
+            found = [match.group() for match in finder.finditer(text, timeout=_MOST_SECONDS)]
+        except TimeoutError:
+            what = f"the tokenizer's pattern {pieces[:60]!r} takes over {_MOST_SECONDS} s"
+            raise ValueError(f"{what} on a text of {len(text)} characters") from None
+        for piece in found:
+            yield from encode_piece(piece)
 
     return encode
 
@@ -251,7 +257,7 @@ def _digits_pattern(step: dict, use_regex: bool) -> str:
 def _compiles(pattern: str) -> bool:
     try:
         return bool(regex.compile(pattern))
-    except regex.error:
+    except (regex.error, RecursionError):
         return False
 
 

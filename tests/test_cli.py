@@ -822,6 +822,8 @@ def test_an_interrupt_is_no_traceback(capsys, dirs, monkeypatch):
 
 # ---- README ----
 
+README = (REPOSITORY / "README.md").read_text("utf-8")
+
 
 def test_the_example_of_the_readme_runs(dirs, monkeypatch, capsys):
     """As it stands, with its hub ids answered by small checkpoints."""
@@ -830,20 +832,46 @@ def test_the_example_of_the_readme_runs(dirs, monkeypatch, capsys):
         "ibm-ai-platform/llama3-8b-accelerator": dirs.draft,
     }
     monkeypatch.setattr(fastspec, "local_checkpoint", lambda name, _: checkpoints[name])
-    readme = (REPOSITORY / "README.md").read_text()
-    exec(re.search(r"```python\n(.*?)```", readme, re.DOTALL)[1], {})
+    names = {}
+    exec(re.search(r"```python\n(.*?)```", README, re.DOTALL)[1], names)
     printed = capsys.readouterr().out
     assert printed.startswith("The future of AI is ") and len(printed) > 25
+    assert names["reply"]
 
 
-def test_the_command_of_the_readme_is_accepted():
-    """Its options exist, and lead to the checkpoints that it names."""
-    readme = (REPOSITORY / "README.md").read_text()
-    command = re.search(r"python fastspec\.py (--checkpoint.*?)```", readme, re.DOTALL)[1]
-    args = fastspec.parse_arguments(shlex.split(command.replace("\\\n", " ")))
-    assert args.checkpoint == "meta-llama/Meta-Llama-3-8B-Instruct"
-    assert args.speculator == "ibm-ai-platform/llama3-8b-accelerator"
-    assert args.prompt == ["Write a haiku about memory."]
+README_COMMANDS = re.findall(
+    r"python fastspec\.py((?: [^\n`]*\\\n)*[^\n`]*)\n",
+    "".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL)),
+)
+
+
+@pytest.mark.parametrize("command", README_COMMANDS)
+def test_the_commands_of_the_readme_run(dirs, monkeypatch, capsys, tmp_path, command):
+    """As they stand, with small checkpoints behind their hub ids and a file of prompts."""
+
+    def local_checkpoint(name, _):
+        return dirs.draft if str(name).endswith("-accelerator") else dirs.random
+
+    def end_of_input(_):
+        raise EOFError
+
+    monkeypatch.setattr(fastspec, "local_checkpoint", local_checkpoint)
+    monkeypatch.setattr(fastspec, "demo_checkpoint", lambda: dirs.random)
+    monkeypatch.setattr("builtins.input", end_of_input)
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.jsonl").write_text('{"prompt": " one"}\n{"prompt": " two"}\n')
+    argv = shlex.split(command.replace("\\\n", " "))
+    out = printed(capsys, *argv, "--max-new-tokens", 9)
+    if "--prompts" in argv:
+        assert len(Path(argv[argv.index("--output") + 1]).read_text().splitlines()) == 2
+    elif "--interactive" not in argv:
+        assert len(out) > 1
+
+
+def test_the_readme_has_a_command_of_each_kind():
+    kinds = ["--speculator", "--prompt", "--interactive", "--prompts"]
+    assert [any(k in c.split() for c in README_COMMANDS) for k in kinds] == [True] * 4
+    assert "" in README_COMMANDS
 
 
 # ---- what users try ----
