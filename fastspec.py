@@ -107,8 +107,9 @@ def is_list(x) -> bool:
 class Request:
     """Prompt ids, with the seed of its noise and every id that ends the answer.
 
-    `goes_on`: what its row's cache still holds of the prompt is not computed again. `text` and
-    `id` are handed on to the output.
+    `goes_on`: what its row's cache still holds of the prompt is not computed again. `is_turn`: the
+    answer is a text of its own, so a space that sentencepiece puts before each text is left out of
+    it; else it goes on the prompt's. `text` and `id` are handed on to the output.
     """
 
     prompt: list[int]
@@ -116,6 +117,7 @@ class Request:
     seed: int
     stop_ids: list[int]
     goes_on: bool = False
+    is_turn: bool = False
     text: str | None = None
     id: str | int | None = None
 
@@ -644,8 +646,8 @@ class Answer:
     def __init__(self, request: Request, tokenizer: Tokenizer | None, k: int):
         self.output = RequestOutput(request.text, request.prompt, [CompletionOutput()], request.id)
         self.output.accepted_per_head = [0] * k
-        self.request, self.stream = request, tokenizer.stream() if tokenizer else None
-        self.shown, self.cut = 0, False
+        self.request, self.shown, self.cut = request, 0, False
+        self.stream = tokenizer.stream(continues=not request.is_turn) if tokenizer else None
 
     def take(self, progress: Progress) -> str:
         """Add a step's tokens and return the text that is now certain; an ended request gets its
@@ -863,7 +865,7 @@ class LLM:
             raise ValueError("this checkpoint has no tokenizer files: give token ids, not messages")
         text = self.tokenizer.apply_chat_template(messages)
         ids = self.tokenizer.encode(text, add_special_tokens=False)
-        return replace(self.request(ids, params, name), text=text)
+        return replace(self.request(ids, params, name), text=text, is_turn=True)
 
 
 DEFAULT_MAX_SEQ_LEN = 8192
@@ -1161,7 +1163,8 @@ def run(args: argparse.Namespace) -> None:
         print("fastspec: compiling the decode step, about a minute unless cached", file=sys.stderr)
     llm.engine.warm_up(*needs)
     with profiler(args.profile):
-        text = summary(outputs, args.speculator if llm.k else None, not args.interactive)
+        speculator = args.speculator if llm.k else None
+        text = summary(outputs, speculator, llm.tokenizer, not args.interactive)
     print(text, file=sys.stderr)
     if bad:
         raise ValueError(f"{args.prompts}: {bad} of {good + bad} rows were not run")
@@ -1404,7 +1407,12 @@ def interrupts() -> Iterator[threading.Event]:
 # what was done
 
 
-def summary(outputs: Iterable[RequestOutput], speculator: str | None, together: bool) -> str:
+def summary(
+    outputs: Iterable[RequestOutput],
+    speculator: str | None,
+    tokenizer: Tokenizer | None,
+    together: bool,
+) -> str:
     """What the run did, in a few lines, once all its outputs have come; `together`: also the
     tokens/s of all rows."""
     start, first, heads = time.perf_counter(), [], []
@@ -1426,6 +1434,7 @@ def summary(outputs: Iterable[RequestOutput], speculator: str | None, together: 
         f"tokens per step      {tokens / max(steps, 1):.2f}",
         f"time to first token  {sorted(first)[len(first) // 2] * 1000:.0f} ms",
         f"speculator           {speculator or 'none'}",
+        f"tokenizer            {tokenizer.source if tokenizer else 'none'}",
     ]
     if heads:
         rates = "  ".join(f"{head / max(steps, 1):.2f}" for head in heads)
