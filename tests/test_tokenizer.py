@@ -667,6 +667,16 @@ def test_tiktoken_ranks_give_the_ids_of_tiktoken(tmp_path, ranks, name):
         assert ours.decode(ids, False) == theirs.decode(ids)
 
 
+def test_text_that_tiktoken_cannot_split_is_one_line(tmp_path, ranks):
+    """Its regular expressions give up on a million spaces, by a Rust panic."""
+    ours = save_model(tmp_path, ranks_file(ranks))
+    with pytest.raises(ValueError, match=r"cannot split this text of 1000001 characters") as error:
+        ours.encode(" " * 10**6 + "a")
+    assert "\n" not in str(error.value) and "run of white space" in str(error.value)
+    text = " " * 10**4 + "a"
+    assert ours.decode(ours.encode(text)) == text
+
+
 def test_tiktoken_ranks_give_the_ids_of_transformers_conversion(tmp_path, ranks):
     ours = save_model(tmp_path, ranks_file(ranks))
     theirs = TikTokenConverter(str(tmp_path / "tokenizer.model")).converted()
