@@ -432,7 +432,7 @@ class Engine(nn.Module):
         tokens = tokens[:, : max(tokens.shape[1] - 1, 1)]
         self.hidden[where] = self.prefill_hidden(rows[0], where, tokens, start, before_last)
         self.length[where] = lengths
-        self.done[where] = False
+        self.done.index_fill_(0, where, False)
 
     def prefill_hidden(
         self, first: int, rows: Tensor, tokens: Tensor, start: int, last: Tensor
@@ -716,7 +716,7 @@ class LLM:
         speculative_config: dict | None = None,
         *,
         dtype: str = "auto",
-        device: str | None = None,
+        device: str | torch.device | None = None,
         batch_size: int = 1,
         max_seq_len: int | None = None,
         compile: bool | None = None,
@@ -874,6 +874,8 @@ DEFAULT_MAX_SEQ_LEN = 8192
 def as_prompt_list(prompts) -> list:
     """One prompt or several, each text or token ids (also as tensors or arrays), as a list."""
     prompts = prompts.tolist() if hasattr(prompts, "tolist") else prompts
+    if not isinstance(prompts, Iterable):
+        raise ValueError(f"prompts are neither text nor token ids: {prompts!r}")
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     prompts = [p.tolist() if hasattr(p, "tolist") else p for p in prompts]
     return [prompts] if prompts and is_integer(prompts[0], -(2**63), 2**63) else prompts
@@ -881,6 +883,8 @@ def as_prompt_list(prompts) -> list:
 
 def as_conversation_list(messages) -> list:
     """One conversation or several as a list."""
+    if not isinstance(messages, Iterable):
+        raise ValueError(f"messages are no list but {messages!r}")
     messages = list(messages)
     return [messages] if messages and isinstance(messages[0], dict) else messages
 
@@ -899,7 +903,9 @@ def check_messages(messages, name: str) -> None:
 def with_params(prompts: list, params: SamplingParams | list[SamplingParams] | None) -> list[tuple]:
     """Each prompt with its own settings, or with those of all."""
     params = SamplingParams() if params is None else params
-    params = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+    params = [params] * len(prompts) if isinstance(params, SamplingParams) else params
+    if not is_list(params) or not all(isinstance(p, SamplingParams) for p in params):
+        raise ValueError(f"expected SamplingParams, or a list of them; found {params!r}")
     if len(params) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts, but {len(params)} SamplingParams")
     return list(zip(prompts, params, strict=True))
@@ -930,6 +936,8 @@ BIN_FILES = ["pytorch_model.bin.index.json", "pytorch_model*.bin"]
 def local_checkpoint(name: str | Path, revision: str | None = None) -> Path:
     """The directory itself, or the snapshot of a hub id: only the files that are used, among them
     pytorch_model.bin where there is no model.safetensors."""
+    if not isinstance(name, str | Path) or not str(name):
+        raise ValueError(f"{name!r} is neither a directory nor a hub id (owner/name)")
     if (path := Path(name).expanduser()).is_dir():
         if revision is not None:
             raise ValueError(f"{name} is a directory here: a revision ({revision}) means nothing")
@@ -969,9 +977,9 @@ def end_of_sequence_ids(directory: Path, config: dict, tokenizer: Tokenizer | No
     return ids
 
 
-def choose_device(name: str | None) -> torch.device:
+def choose_device(name: str | torch.device | None) -> torch.device:
     """The device for a --device name, made current; None: CUDA where there is one."""
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    name = str(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise ValueError(f"device {name!r} is not supported; supported: cpu, cuda, cuda:N")
     device = torch.device(name)
@@ -1001,6 +1009,8 @@ def read_speculative_config(
     config: dict, target: ModelArgs, target_dir: Path
 ) -> tuple[Path, SpeculatorArgs, int]:
     """Directory, args and tokens to draft of the speculator, checked against the target."""
+    if not isinstance(config, dict):
+        raise ValueError(f"speculative_config {config!r} is not a dict with the key model")
     known = ("model", "method", "num_speculative_tokens", "revision")
     if unknown := [key for key in config if key not in known]:
         raise ValueError(

@@ -826,6 +826,44 @@ def test_a_bad_speculative_config_is_refused(dirs, config, message):
         LLM(dirs.story, {"model": str(dirs.right)} | config)
 
 
+@pytest.mark.parametrize(
+    ("argument", "value", "message"),
+    [
+        ("model", None, r"^None is neither a directory nor a hub id \(owner/name\)$"),
+        ("model", "", r"^'' is neither a directory"),
+        ("model", 5, r"^5 is neither a directory"),
+        ("speculative_config", "org/right", r"^speculative_config 'org/right' is not a dict with "),
+        ("speculative_config", {"model": 5}, r"^5 is neither a directory"),
+        ("dtype", None, r"^dtype None is not supported; supported: auto, float32,"),
+        ("device", 0.5, r"^device '0.5' is not supported; supported: cpu, cuda, cuda:N$"),
+        ("batch_size", None, r"^batch_size None or max_seq_len 128 is too small"),
+        ("max_seq_len", "9", r"^batch_size 1 or max_seq_len 9 is too small"),
+    ],
+)
+def test_an_argument_of_another_type_is_refused(dirs, argument, value, message):
+    with pytest.raises(ValueError, match=message):
+        LLM(**{"model": dirs.story, "device": "cpu", "load": False, argument: value})
+
+
+def test_a_torch_device_is_a_device(dirs):
+    assert LLM(dirs.bare, device=torch.device("cpu"), load=False).device.type == "cpu"
+
+
+@pytest.mark.parametrize("prompts", [None, 5])
+def test_prompts_and_messages_of_another_type_are_refused(llms, prompts):
+    with pytest.raises(ValueError, match=f"^prompts are neither text nor token ids: {prompts}$"):
+        llms["plain"].generate(prompts)
+    with pytest.raises(ValueError, match=f"^messages are no list but {prompts}$"):
+        llms["plain"].chat(prompts)
+
+
+@pytest.mark.parametrize("params", [{"temperature": 0}, [None], [{"temperature": 0}], 0.5])
+def test_params_of_another_type_are_refused(llms, params):
+    message = r"^expected SamplingParams, or a list of them; found "
+    with pytest.raises(ValueError, match=message + re.escape(repr(params))):
+        llms["plain"].generate("Q", params)
+
+
 def test_a_bad_dtype_is_refused(dirs):
     message = r"^dtype 'int8' is not supported; supported: auto, float32, float16, bfloat16$"
     with pytest.raises(ValueError, match=message):
