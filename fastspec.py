@@ -107,8 +107,9 @@ def is_list(x) -> bool:
 class Request:
     """Prompt ids, with the seed of its noise and every id that ends the answer.
 
-    `goes_on`: what its row's cache still holds of the prompt is not computed again. `text` and
-    `id` are handed on to the output.
+    `goes_on`: what its row's cache still holds of the prompt is not computed again. `is_turn`: the
+    answer is a text of its own, so a space that sentencepiece puts before each text is left out of
+    it; else it goes on the prompt's. `text` and `id` are handed on to the output.
     """
 
     prompt: list[int]
@@ -116,6 +117,7 @@ class Request:
     seed: int
     stop_ids: list[int]
     goes_on: bool = False
+    is_turn: bool = False
     text: str | None = None
     id: str | int | None = None
 
@@ -429,7 +431,7 @@ class Engine(nn.Module):
         tokens = tokens[:, : max(tokens.shape[1] - 1, 1)]
         self.hidden[where] = self.prefill_hidden(rows[0], where, tokens, start, before_last)
         self.length[where] = lengths
-        self.done[where] = False
+        self.done.index_fill_(0, where, False)
 
     def prefill_hidden(
         self, first: int, rows: Tensor, tokens: Tensor, start: int, last: Tensor
@@ -643,8 +645,8 @@ class Answer:
     def __init__(self, request: Request, tokenizer: Tokenizer | None, k: int):
         self.output = RequestOutput(request.text, request.prompt, [CompletionOutput()], request.id)
         self.output.accepted_per_head = [0] * k
-        self.request, self.stream = request, tokenizer.stream() if tokenizer else None
-        self.shown, self.cut = 0, False
+        self.request, self.shown, self.cut = request, 0, False
+        self.stream = tokenizer.stream(continues=not request.is_turn) if tokenizer else None
 
     def take(self, progress: Progress) -> str:
         """Add a step's tokens and return the text that is now certain; an ended request gets its
@@ -745,7 +747,7 @@ class LLM:
         speculative_config: dict | None = None,
         *,
         dtype: str = "auto",
-        device: str | None = None,
+        device: str | torch.device | None = None,
         batch_size: int = 1,
         max_seq_len: int | None = None,
         compile: bool | None = None,
@@ -896,7 +898,7 @@ class LLM:
             raise ValueError("this checkpoint has no tokenizer files: give token ids, not messages")
         text = self.tokenizer.apply_chat_template(messages)
         ids = self.tokenizer.encode(text, add_special_tokens=False)
-        return replace(self.request(ids, params, name), text=text)
+        return replace(self.request(ids, params, name), text=text, is_turn=True)
 
 
 DEFAULT_MAX_SEQ_LEN = 8192
@@ -905,6 +907,8 @@ DEFAULT_MAX_SEQ_LEN = 8192
 def as_prompt_list(prompts) -> list:
     """One prompt or several, each text or token ids (also as tensors or arrays), as a list."""
     prompts = prompts.tolist() if hasattr(prompts, "tolist") else prompts
+    if not isinstance(prompts, Iterable):
+        raise ValueError(f"prompts are neither text nor token ids: {prompts!r}")
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     prompts = [p.tolist() if hasattr(p, "tolist") else p for p in prompts]
     return [prompts] if prompts and is_integer(prompts[0], -(2**63), 2**63) else prompts
@@ -912,6 +916,8 @@ def as_prompt_list(prompts) -> list:
 
 def as_conversation_list(messages) -> list:
     """One conversation or several as a list."""
+    if not isinstance(messages, Iterable):
+        raise ValueError(f"messages are no list but {messages!r}")
     messages = list(messages)
     return [messages] if messages and isinstance(messages[0], dict) else messages
 
@@ -930,7 +936,9 @@ def check_messages(messages, name: str) -> None:
 def with_params(prompts: list, params: SamplingParams | list[SamplingParams] | None) -> list[tuple]:
     """Each prompt with its own settings, or with those of all."""
     params = SamplingParams() if params is None else params
-    params = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+    params = [params] * len(prompts) if isinstance(params, SamplingParams) else params
+    if not is_list(params) or not all(isinstance(p, SamplingParams) for p in params):
+        raise ValueError(f"expected SamplingParams, or a list of them; found {params!r}")
     if len(params) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts, but {len(params)} SamplingParams")
     return list(zip(prompts, params, strict=True))
@@ -961,6 +969,8 @@ BIN_FILES = ["pytorch_model.bin.index.json", "pytorch_model*.bin"]
 def local_checkpoint(name: str | Path, revision: str | None = None) -> Path:
     """The directory itself, or the snapshot of a hub id: only the files that are used, among them
     pytorch_model.bin where there is no model.safetensors."""
+    if not isinstance(name, str | Path) or not str(name):
+        raise ValueError(f"{name!r} is neither a directory nor a hub id (owner/name)")
     if (path := Path(name).expanduser()).is_dir():
         if revision is not None:
             raise ValueError(f"{name} is a directory here: a revision ({revision}) means nothing")
@@ -1003,9 +1013,9 @@ def end_of_sequence_ids(directory: Path, config: dict, tokenizer: Tokenizer | No
     return ids
 
 
-def choose_device(name: str | None) -> torch.device:
+def choose_device(name: str | torch.device | None) -> torch.device:
     """The device for a --device name, made current; None: CUDA where there is one."""
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    name = str(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise ValueError(f"device {name!r} is not supported; supported: cpu, cuda, cuda:N")
     device = torch.device(name)
@@ -1035,6 +1045,8 @@ def read_speculative_config(
     config: dict, target: ModelArgs, target_dir: Path
 ) -> tuple[Path, SpeculatorArgs, int]:
     """Directory, args and tokens to draft of the speculator, checked against the target."""
+    if not isinstance(config, dict):
+        raise ValueError(f"speculative_config {config!r} is not a dict with the key model")
     known = ("model", "method", "num_speculative_tokens", "revision")
     if unknown := [key for key in config if key not in known]:
         raise ValueError(
@@ -1198,7 +1210,8 @@ def run(args: argparse.Namespace) -> None:
         print("fastspec: compiling the decode step, about a minute unless cached", file=sys.stderr)
     llm.engine.warm_up(*needs)
     with profiler(args.profile):
-        text = summary(outputs, args.speculator if llm.k else None, not args.interactive)
+        speculator = args.speculator if llm.k else None
+        text = summary(outputs, speculator, llm.tokenizer, not args.interactive)
     print(text, file=sys.stderr)
     if bad:
         raise ValueError(f"{args.prompts}: {bad} of {good + bad} rows were not run")
@@ -1441,7 +1454,12 @@ def interrupts() -> Iterator[threading.Event]:
 # what was done
 
 
-def summary(outputs: Iterable[RequestOutput], speculator: str | None, together: bool) -> str:
+def summary(
+    outputs: Iterable[RequestOutput],
+    speculator: str | None,
+    tokenizer: Tokenizer | None,
+    together: bool,
+) -> str:
     """What the run did, in a few lines, once all its outputs have come; `together`: also the
     tokens/s of all rows."""
     start, first, heads = time.perf_counter(), [], []
@@ -1463,6 +1481,7 @@ def summary(outputs: Iterable[RequestOutput], speculator: str | None, together: 
         f"tokens per step      {tokens / max(steps, 1):.2f}",
         f"time to first token  {sorted(first)[len(first) // 2] * 1000:.0f} ms",
         f"speculator           {speculator or 'none'}",
+        f"tokenizer            {tokenizer.source if tokenizer else 'none'}",
     ]
     if heads:
         rates = "  ".join(f"{head / max(steps, 1):.2f}" for head in heads)

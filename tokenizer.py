@@ -6,8 +6,8 @@ The first of these that is there is read, and `Tokenizer.source` names it:
    behind ByteLevel (GPT-2), Digits + ByteLevel (StarCoder, SmolLM2, Granite code) or Split +
    ByteLevel (Llama 3); or sentencepiece's BPE of characters with bytes for the rest (Llama 2,
    CodeLlama, Granite 7B), where the file itself says which stretches of text get a space in front.
-2. `tokenizer.model`, told apart by content: a sentencepiece model, through that library, or
-   tiktoken ranks as Meta writes them for Llama 3.
+2. `tokenizer.model`, told apart by content: a sentencepiece model or tiktoken ranks as Meta writes
+   them for Llama 3, each through the library of that name.
 3. `vocab.json` with `merges.txt`, as GPT-2 reads them.
 4. `original/tokenizer.model`, like 2.
 
@@ -34,6 +34,7 @@ import jinja2.ext
 import jinja2.sandbox
 import regex
 import sentencepiece
+import tiktoken
 
 # One step of reading text: finds ids in a stretch and returns them with the text left between.
 # The flag says whether the stretch is where the whole text starts.
@@ -813,40 +814,48 @@ def _llama3_special_tokens(first_id: int) -> dict[str, int]:
     return {f"<|{name}|>": id for id, name in enumerate(names, first_id)}
 
 
-def _read_ranks(data: bytes) -> dict[str, int]:
+def _read_ranks(data: bytes) -> dict[bytes, int]:
     ranks = {}
     for number, line in enumerate(data.rstrip(b"\n").split(b"\n"), 1):
         match = _RANK.fullmatch(line)
         try:
-            ranks[_to_alphabet(base64.b64decode(match[1], validate=True))] = int(match[2])
+            ranks[base64.b64decode(match[1], validate=True)] = int(match[2])
         except (TypeError, ValueError):  # no match, or not base64
             shown = repr(line[:40])[1:]
             raise ValueError(f"line {number} is {shown}; expected base64 and a rank") from None
     if sorted(ranks.values()) != list(range(number)):
         raise ValueError(f"the ranks of its {number} lines are not 0 to {number - 1}, once each")
-    if missing := [byte for byte, token in enumerate(_ALPHABET) if token not in ranks]:
+    if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
         raise ValueError(f"byte {missing[0]} has no rank; expected one for each byte")
     return ranks
+
+
+def _ranks_encoder(ranks: dict[bytes, int]) -> Stage:
+    encoding = tiktoken.Encoding(
+        "llama3", pat_str=_LLAMA3, mergeable_ranks=ranks, special_tokens={}
+    )
+
+    def encode(text: str, _: bool) -> list[int]:
+        try:
+            return encoding.encode_ordinary(text)
+        except BaseException as error:
+            # A Rust panic, as at the limit of its regular expressions, is no Exception.
+            if type(error).__name__ != "PanicException":
+                raise
+            reason = " ".join(str(error).split())
+            raise ValueError(
+                f"tiktoken cannot split this text of {len(text)} characters ({reason}); "
+                "shorten its longest run of white space"
+            ) from None
+
+    return encode
 
 
 def _tiktoken(data: bytes, beside: _Beside) -> _Model:
     """Meta's file has the ranks alone; pattern and special tokens are in Llama 3's program."""
     ranks = _read_ranks(data)
-    model = _Model(
-        "tiktoken ranks",
-        ranks,
-        _from_alphabet,
-        [
-            _merger(
-                _LLAMA3,
-                ranks,
-                lambda pair: ranks.get("".join(pair)),
-                _to_alphabet,
-                whole_first=True,
-            )
-        ],
-        add_bos=True,
-    )
+    vocab = {_to_alphabet(token): rank for token, rank in ranks.items()}
+    model = _Model("tiktoken ranks", vocab, _from_alphabet, [_ranks_encoder(ranks)], add_bos=True)
     if "added_tokens_decoder" in beside.config:  # Llama 3.1 has other names for some of the ids
         return model
     roles = {"bos": "<|begin_of_text|>", "eos": "<|end_of_text|>", "eot": "<|eot_id|>"}

@@ -1,5 +1,6 @@
 """Small random checkpoints and scripted speculators that the tests share."""
 
+import io
 import json
 import os
 import re
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 from zipfile import ZipFile
 
 import pytest
+import sentencepiece
 import tokenizers
 import torch
 import torch.nn as nn
@@ -354,6 +356,43 @@ def dirs(tmp_path_factory):
     after[story_ids(d.story)[::3]] = USER  # every third draft is wrong
     save_story_speculator(d.partly, after)
     return d
+
+
+SENTENCES = [
+    "the quick brown fox jumps over the lazy dog; it's naïve",
+    "def  f(x):\n    return  x + 1\n\n\tpass",
+    "we'll say 3.14 ==> I'D don't",
+    "日本語 한국어 <tag>",
+] * 20
+
+
+def train_sentencepiece(**options):
+    """A model as Llama 2's: BPE, spaces kept, a space put in front, bytes for the rest."""
+    options = {
+        "model_type": "bpe",
+        "vocab_size": 420,
+        "byte_fallback": True,
+        "character_coverage": 0.98,
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+        "allow_whitespace_only_pieces": True,
+        "split_digits": True,
+        "minloglevel": 2,
+    } | options
+    out = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(SENTENCES), model_writer=out, **options
+    )
+    return out.getvalue()
+
+
+def pieces_and_merges(model):
+    """Every way to make a piece out of two others, best piece first: as converters do."""
+    sp = sentencepiece.SentencePieceProcessor(model_proto=model)
+    vocab = {sp.id_to_piece(id): id for id in range(sp.vocab_size())}
+    ranked = sorted(vocab, key=lambda token: -sp.get_score(vocab[token]))
+    splits = [(t[:i], t[i:]) for t in ranked for i in range(1, len(t))]
+    return vocab, [pair for pair in splits if vocab.keys() >= {*pair}]
 
 
 @pytest.fixture

@@ -23,13 +23,16 @@ from conftest import (
     assert_one_line,
     greedy,
     load,
+    pieces_and_merges,
     printed,
     run_main,
     save_tokenizer,
     tiny_llama,
     tiny_speculator,
+    train_sentencepiece,
 )
 from huggingface_hub.utils import filter_repo_objects
+from transformers import LlamaTokenizer
 
 import fastspec
 from fastspec import LLM, SamplingParams
@@ -266,6 +269,36 @@ def test_end_ids_are_united(dirs, copy):
     assert [a.text for a in answers] == [" one two three", " five é€😀", " seven eight", " ten"]
     assert [a.token_ids[-1] for a in answers] == [*ids, END]
     assert {a.finish_reason for a in answers} == {"stop"}
+
+
+# ---- the space that sentencepiece puts before each text ----
+
+
+@pytest.mark.parametrize("text", ["fox jumps", " fox", "\n x"])
+def test_an_answers_first_space_is_text_where_it_goes_on_a_prompt(copy, text):
+    """To a prompt's text it adds what both decode to together. A turn of a chat is what
+    transformers decodes from its ids alone."""
+    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    config = {"eos_token": "</s>", "chat_template": template}
+    directory = copy("random", tokenizer_config=config)
+    (directory / "tokenizer.json").unlink()
+    model = train_sentencepiece(vocab_size=STORY_VOCAB)
+    (directory / "tokenizer.model").write_bytes(model)
+    vocab, merges = pieces_and_merges(model)
+    theirs, llm = LlamaTokenizer(vocab=vocab, merges=merges), load(directory, load=False)
+    ids = llm.tokenizer.encode(text, add_special_tokens=False)
+    prompt, turn = "the quick brown", [{"role": "user", "content": "the quick brown"}]
+    plain = llm.request(prompt, greedy(), "prompt")
+    by_ids = llm.request(plain.prompt, greedy(), "prompt")
+    whole = theirs.decode(plain.prompt + ids, skip_special_tokens=True).removeprefix(prompt)
+    for request, expected in (
+        (plain, whole),
+        (by_ids, whole),
+        (llm.chat_request(turn, greedy(), "turn"), theirs.decode(ids)),
+    ):
+        answer = fastspec.Answer(request, llm.tokenizer, 0)
+        assert answer.take(fastspec.Progress(0, ids, 0, True, 0.0)) == expected
+    assert whole == " " + text
 
 
 # ---- streaming ----
@@ -546,6 +579,7 @@ def test_summary_with_a_speculator(capsys, dirs):
     assert (found["tokens"], found["tokens per step"]) == ("21", "3.50")
     assert found["accepted per head"].split() == ["1.00", "0.83", "0.83"]
     assert found["speculator"] == str(dirs.right)
+    assert found["tokenizer"] == "tokenizer.json (byte-level BPE)"
     assert re.fullmatch(r"\d+\.\d per sequence", found["tokens/s"])
     assert re.fullmatch(r"\d+ ms", found["time to first token"])
     assert "no speculator" not in err
@@ -790,6 +824,44 @@ def test_nothing_is_read_before_the_checks(capsys, dirs, copy, monkeypatch):
 def test_a_bad_speculative_config_is_refused(dirs, config, message):
     with pytest.raises(ValueError, match=message):
         LLM(dirs.story, {"model": str(dirs.right)} | config)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "message"),
+    [
+        ("model", None, r"^None is neither a directory nor a hub id \(owner/name\)$"),
+        ("model", "", r"^'' is neither a directory"),
+        ("model", 5, r"^5 is neither a directory"),
+        ("speculative_config", "org/right", r"^speculative_config 'org/right' is not a dict with "),
+        ("speculative_config", {"model": 5}, r"^5 is neither a directory"),
+        ("dtype", None, r"^dtype None is not supported; supported: auto, float32,"),
+        ("device", 0.5, r"^device '0.5' is not supported; supported: cpu, cuda, cuda:N$"),
+        ("batch_size", None, r"^batch_size None or max_seq_len 128 is too small"),
+        ("max_seq_len", "9", r"^batch_size 1 or max_seq_len 9 is too small"),
+    ],
+)
+def test_an_argument_of_another_type_is_refused(dirs, argument, value, message):
+    with pytest.raises(ValueError, match=message):
+        LLM(**{"model": dirs.story, "device": "cpu", "load": False, argument: value})
+
+
+def test_a_torch_device_is_a_device(dirs):
+    assert LLM(dirs.bare, device=torch.device("cpu"), load=False).device.type == "cpu"
+
+
+@pytest.mark.parametrize("prompts", [None, 5])
+def test_prompts_and_messages_of_another_type_are_refused(llms, prompts):
+    with pytest.raises(ValueError, match=f"^prompts are neither text nor token ids: {prompts}$"):
+        llms["plain"].generate(prompts)
+    with pytest.raises(ValueError, match=f"^messages are no list but {prompts}$"):
+        llms["plain"].chat(prompts)
+
+
+@pytest.mark.parametrize("params", [{"temperature": 0}, [None], [{"temperature": 0}], 0.5])
+def test_params_of_another_type_are_refused(llms, params):
+    message = r"^expected SamplingParams, or a list of them; found "
+    with pytest.raises(ValueError, match=message + re.escape(repr(params))):
+        llms["plain"].generate("Q", params)
 
 
 def test_a_bad_dtype_is_refused(dirs):

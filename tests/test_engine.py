@@ -297,6 +297,31 @@ def test_the_first_step_drafts_from_the_state_before_the_prompts_last_token(
             torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
+def test_a_prompt_by_itself_is_padded_to_a_captured_size(model, speculator, greedy):
+    """With stand-ins for CUDA graphs: what a replay computes depends on its static tensors alone,
+    and what the last one left in them does not matter."""
+    engine, replays = engine_for(model, speculator), []
+
+    class Graph:
+        def __init__(self, size):
+            self.tokens = torch.full((1, size), 96)
+            self.row, self.last = torch.zeros(2, 1, dtype=torch.int64)
+            self.hidden = torch.zeros(1, 48)
+
+        def replay(self):
+            replays.append(self.tokens.shape[1])
+            empty = engine.kv[:, :, :1, :, :0]
+            hidden = engine.prefill_chunk(self.tokens, 0, self.row, empty, self.last)
+            self.hidden.copy_(hidden)
+
+    for size in (4, 39):
+        graph = Graph(size)
+        engine.prefill_graphs[size] = (graph, graph.tokens, graph.row, graph.last, graph.hidden)
+    for count in range(2):
+        assert run(engine, PROMPTS)[0] == greedy
+        assert replays == [4, 39, 4, 39, 4] * (count + 1)
+
+
 @pytest.mark.parametrize("ahead", [0, 1])
 def test_launches_queued_behind_the_result_that_is_read(model, speculator, greedy, ahead):
     """On a GPU one step is queued when the one before is read."""

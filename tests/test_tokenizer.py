@@ -2,7 +2,6 @@
 trained here."""
 
 import base64
-import io
 import json
 import random
 import subprocess
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import tiktoken
+from conftest import SENTENCES, pieces_and_merges, train_sentencepiece
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Tokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter, bytes_to_unicode
@@ -308,33 +308,7 @@ def test_a_long_run_without_a_cut_is_read(tmp_path, base):
 
 # ---- sentencepiece: tokenizer.model, and tokenizer.json of its kind ----
 
-SENTENCES = [
-    "the quick brown fox jumps over the lazy dog; it's naïve",
-    "def  f(x):\n    return  x + 1\n\n\tpass",
-    "we'll say 3.14 ==> I'D don't",
-    "日本語 한국어 <tag>",
-] * 20
 FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-
-
-def train_sentencepiece(**options):
-    """A model as Llama 2's: BPE, spaces kept, a space put in front, bytes for the rest."""
-    options = {
-        "model_type": "bpe",
-        "vocab_size": 420,
-        "byte_fallback": True,
-        "character_coverage": 0.98,
-        "normalization_rule_name": "identity",
-        "remove_extra_whitespaces": False,
-        "allow_whitespace_only_pieces": True,
-        "split_digits": True,
-        "minloglevel": 2,
-    } | options
-    out = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(SENTENCES), model_writer=out, **options
-    )
-    return out.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -371,15 +345,6 @@ STRIP = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
 
 def metaspace(scheme, split=False):
     return {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": split}
-
-
-def pieces_and_merges(model):
-    """Every way to make a piece out of two others, best piece first: as converters do."""
-    sp = processor(model)
-    vocab = {sp.id_to_piece(id): id for id in range(sp.vocab_size())}
-    ranked = sorted(vocab, key=lambda token: -sp.get_score(vocab[token]))
-    splits = [(t[:i], t[i:]) for t in ranked for i in range(1, len(t))]
-    return vocab, [pair for pair in splits if vocab.keys() >= {*pair}]
 
 
 def llama2_json(model, normalizer=PREPEND, pre_tokenizer=None, strip=True):
@@ -700,6 +665,16 @@ def test_tiktoken_ranks_give_the_ids_of_tiktoken(tmp_path, ranks, name):
         ids = theirs.encode(text, allowed_special="all")
         assert ours.encode(text) == [n, *ids], repr(text)
         assert ours.decode(ids, False) == theirs.decode(ids)
+
+
+def test_text_that_tiktoken_cannot_split_is_one_line(tmp_path, ranks):
+    """Its regular expressions give up on a million spaces, by a Rust panic."""
+    ours = save_model(tmp_path, ranks_file(ranks))
+    with pytest.raises(ValueError, match=r"cannot split this text of 1000001 characters") as error:
+        ours.encode(" " * 10**6 + "a")
+    assert "\n" not in str(error.value) and "run of white space" in str(error.value)
+    text = " " * 10**4 + "a"
+    assert ours.decode(ours.encode(text)) == text
 
 
 def test_tiktoken_ranks_give_the_ids_of_transformers_conversion(tmp_path, ranks):
