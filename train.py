@@ -20,7 +20,7 @@ import random
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -41,7 +41,7 @@ from fastspec import (
     local_checkpoint,
     one_line,
 )
-from model import ModelArgs, Transformer, kv_cache_shape, read_json
+from model import ModelArgs, Transformer, kv_cache_shape, load_model, read_json
 from speculator import MLPSpeculator, SpeculatorArgs, load_speculator
 
 # --- prompts -----------------------------------------------------------------------------------
@@ -306,7 +306,11 @@ LOG_EVERY = 500
 
 
 def train(
-    args, target: Transformer, losses: nn.Module, texts: list[Text], held_out: States
+    args: argparse.Namespace,
+    target: Transformer,
+    losses: HeadLosses,
+    texts: list[Text],
+    held_out: States,
 ) -> None:
     """Optimise the speculator of `losses`; `args.output` gets metrics.jsonl and state.pt."""
     speculator, device = losses.speculator, held_out.hidden.device
@@ -412,13 +416,27 @@ def repeated(answer: list[int], n: int = 8) -> int:
 # --- files -------------------------------------------------------------------------------------
 
 
-def save_speculator(speculator: MLPSpeculator, directory: Path) -> None:
+def speculator_config(args: argparse.Namespace, target: ModelArgs) -> dict:
+    """config.json of the speculator, as the published ones have it."""
+    config = {
+        "architectures": ["MLPSpeculatorPreTrainedModel"],
+        "model_type": "mlp_speculator",
+        "base_model_name_or_path": args.checkpoint,
+        "emb_dim": target.dim,
+        "inner_dim": args.inner_dim or target.dim,
+        "n_predict": args.n_predict,
+        "vocab_size": target.vocab_size,
+        "tie_weights": args.tie_weights,
+        "scale_input": args.scale_input,
+        "top_k_tokens_per_head": ([4, 3] + [2] * args.n_predict)[: args.n_predict],
+        "n_candidates": 5,
+        "torch_dtype": "float16",
+    }
+    return config | ({"draft_vocab_size": n} if (n := args.draft_vocab_size) is not None else {})
+
+
+def save_speculator(speculator: MLPSpeculator, config: dict, directory: Path) -> None:
     """config.json and model.safetensors with the published names; tied tensors once."""
-    config = {k: v for k, v in asdict(speculator.args).items() if v is not None}
-    if base_model := config.pop("base_model", None):
-        config["base_model_name_or_path"] = base_model
-    config |= {"architectures": ["MLPSpeculatorPreTrainedModel"], "torch_dtype": "float16"}
-    config |= {"model_type": "mlp_speculator"}
     tensors = {f"speculator.{k}": p.detach().half() for k, p in speculator.named_parameters()}
     if speculator.draft_ids is not None:
         tensors["draft_ids"] = speculator.draft_ids.int()
@@ -502,6 +520,8 @@ def run(args: argparse.Namespace) -> None:
         sets |= {Path(file).stem: read_prompts([file]) for file in args.eval_prompts}
     directory = local_checkpoint(args.checkpoint)
     target_args = ModelArgs.from_config(read_json(directory / "config.json"))
+    config = speculator_config(args, target_args)
+    speculator_args = SpeculatorArgs.from_config(config)
     if args.world > 1 and not args.device and torch.cuda.is_available():
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     llm = LLM(
@@ -524,29 +544,17 @@ def run(args: argparse.Namespace) -> None:
     file = args.output / f"text-{args.rank}-of-{args.world}.jsonl"
     texts = write_text(llm, mine, file, (args.tokens or math.inf) / args.world)
     held_out_texts = write_text(llm, held_out, args.output / f"held-out-{args.rank}.jsonl")
-    target = llm.engine.model
-    llm.engine = None
-    torch._dynamo.reset()
-    gc.collect()
     print(f"train: {sum(len(t.answer) for t in texts)} tokens of text", file=sys.stderr)
 
-    speculator_args = SpeculatorArgs(
-        target_args.dim,
-        args.inner_dim or target_args.dim,
-        args.n_predict,
-        target_args.vocab_size,
-        args.tie_weights,
-        args.scale_input,
-        tuple(([4, 3] + [2] * args.n_predict)[: args.n_predict]),
-        5,
-        args.checkpoint,
-        args.draft_vocab_size,
-    )
+    del llm.engine  # with its cache and graphs
+    torch._dynamo.reset()
+    gc.collect()
+    target = load_model(directory, llm.device, llm.dtype)
     speculator = new_speculator(speculator_args, texts, args.seed, llm.device)
     losses = HeadLosses(speculator, target.output.weight.detach())
     train(args, target, losses, texts, hidden_states(target, held_out_texts))
     if args.rank == 0:
-        save_speculator(speculator, args.output)
+        save_speculator(speculator, config, args.output)
         plot(args.output)
         report(args, llm, target, sets)
     if args.world > 1:
@@ -554,13 +562,12 @@ def run(args: argparse.Namespace) -> None:
 
 
 def check_options(args: argparse.Namespace) -> None:
-    least = {"inner_dim": 0, "seed": 0, "learning_rate": 0} | dict.fromkeys(
-        ("n_predict", "answers", "max_new_tokens", "rows", "steps", "batch_size"), 1
-    )
-    for name, value in least.items():
-        if getattr(args, name) < value:
+    least_one = ("n_predict", "answers", "max_new_tokens", "rows", "steps", "batch_size")
+    for name in (*least_one, "inner_dim", "seed", "learning_rate"):
+        value, least = getattr(args, name), int(name in least_one)
+        if value < least:
             option = "--" + name.replace("_", "-")
-            raise ValueError(f"{option} {getattr(args, name)} is out of range: at least {value}")
+            raise ValueError(f"{option} {value} is out of range: at least {least}")
 
 
 def keep_settings(args: argparse.Namespace, prompts: list) -> None:

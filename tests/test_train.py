@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -235,16 +236,26 @@ def test_a_small_memory_trains_block_by_block(target, prompts, tmp_path, monkeyp
 # ---- what is written ----
 
 
+def draft_config(**changes):
+    """The config of a run for `tiny_llama`."""
+    options = {"n_predict": 3, "inner_dim": 32, "tie_weights": True, "scale_input": True}
+    options |= {"checkpoint": "owner/it", "draft_vocab_size": None} | changes
+    target = SimpleNamespace(dim=48, vocab_size=97)
+    return train.speculator_config(SimpleNamespace(**options), target)
+
+
 @pytest.mark.parametrize("tie", [True, False])
 @pytest.mark.parametrize("drafted", [None, 12])
 def test_saved_weights_load_as_they_were(tmp_path, tie, drafted):
     """Under the published names, in float16; tied tensors are stored once."""
-    args = SpeculatorArgs(48, 32, 3, 97, tie, True, (4, 3, 2), 5, "owner/target", drafted)
+    config = draft_config(tie_weights=tie, draft_vocab_size=drafted)
     texts = [Text([1], [5, 6, 7, 5, 6, 5, *range(20, 33)])]
+    args = SpeculatorArgs.from_config(config)
     speculator = train.new_speculator(args, texts, 3, "cpu")
-    train.save_speculator(speculator, tmp_path)
+    train.save_speculator(speculator, config, tmp_path)
     loaded = load_speculator(tmp_path)
     assert loaded.args == args
+    assert (args.draft_vocab_size, args.tie_weights, args.base_model) == (drafted, tie, "owner/it")
     for name, param in speculator.named_parameters():
         assert torch.equal(loaded.get_parameter(name), param.half().float()), name
     names = {f"speculator.{name}" for name, _ in speculator.named_parameters()}
@@ -260,9 +271,10 @@ def test_saved_weights_load_as_they_were(tmp_path, tie, drafted):
 def test_a_draft_vocabulary_changes_no_text(tmp_path, temperature):
     """Drafts come from it alone; what it lacks the target still says."""
     tiny_llama(tmp_path / "target")
-    args = SpeculatorArgs(48, 32, 3, 97, True, True, (4, 3, 2), 5, None, 40)
+    config = draft_config(draft_vocab_size=40)
     texts = [Text([1], list(range(0, 80, 2)))]
-    train.save_speculator(train.new_speculator(args, texts, 0, "cpu"), mkdir(tmp_path / "draft"))
+    speculator = train.new_speculator(SpeculatorArgs.from_config(config), texts, 0, "cpu")
+    train.save_speculator(speculator, config, mkdir(tmp_path / "draft"))
     params = SamplingParams(temperature=temperature, max_tokens=60, seed=4)
     prompts = [[3, 14, 15], [92, 65, 35, 89, 79]]
     plain = LLM(tmp_path / "target").generate(prompts, params)
@@ -284,7 +296,7 @@ def mkdir(path: Path) -> Path:
 
 def test_draft_logits_are_those_of_the_full_vocabulary(tmp_path):
     """Against a speculator without one whose rows are the same, the shared one repeated."""
-    args = SpeculatorArgs(48, 32, 3, 97, True, True, (4, 3, 2), 5, None, 40)
+    args = SpeculatorArgs.from_config(draft_config(draft_vocab_size=40))
     small = train.new_speculator(args, [Text([1], list(range(0, 80, 2)))], 0, "cpu")
     full = MLPSpeculator(SpeculatorArgs(48, 32, 3, 97, True, True))
     rows = torch.full((97,), 40)
@@ -363,6 +375,22 @@ def test_bad_prompts_are_named_by_line(target, tmp_path, capsys, lines, words):
 def test_options_out_of_range(target, prompts, tmp_path, capsys, option):
     assert run(target, prompts, tmp_path / "out", **{option: 0}) == 1
     assert last_line(capsys) == f"train: --{option} 0 is out of range: at least 1"
+
+
+def test_a_draft_vocabulary_larger_than_the_whole(target, prompts, tmp_path, capsys):
+    assert run(target, prompts, tmp_path / "out", draft_vocab_size=401) == 1
+    assert "draft_vocab_size must be an integer of 1 to 400, found 401" in last_line(capsys)
+
+
+def test_the_command_of_the_readme_runs(target, prompts, tmp_path):
+    readme = (Path(train.__file__).parent / "README.md").read_text()
+    (command,) = re.findall(
+        r"python train.py (.*)", "".join(re.findall(r"```bash\n(.*?)```", readme, re.S))
+    )
+    values = {"TARGET": target, "prompts.jsonl": prompts, "my-accelerator": tmp_path / "out"}
+    argv = [str(values.get(word, word)) for word in command.split()]
+    assert train.main([*argv, "--steps", "2", "--batch-size", "64", "--answers", "1"]) == 0
+    load_speculator(tmp_path / "out")
 
 
 def test_a_target_without_a_chat_template(prompts, tmp_path, capsys):
