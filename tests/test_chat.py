@@ -172,15 +172,17 @@ def test_an_interrupt_inside_a_prefill_leaves_no_wrong_claim(make_engine, monkey
     assert_fresh(make_engine, prompt, ask(engine, prompt))
 
 
+@pytest.mark.parametrize("then", ["what was there", "the same again"])
 @pytest.mark.parametrize(("sizes", "chunks"), [((64,), 1), ((4, 8), 3), ((4, 8), 6)])
-def test_an_interrupt_while_several_rows_are_filled(make_engine, monkeypatch, sizes, chunks):
-    """After the one chunk of both rows, or inside the four of the first or of the second: slots
-    that were overwritten count for no later request."""
+def test_an_interrupt_while_several_rows_are_filled(make_engine, monkeypatch, sizes, chunks, then):
+    """After the one chunk of both rows, or inside the four of the first or of the second: neither
+    slots that were overwritten nor slots not reached count for a later request."""
     monkeypatch.setattr(fastspec, "PREFILL_SIZES", sizes)
     engine = make_engine(batch_size=2)
     prompts = [[*FIRST, *range(20, 40)], [*FIRST[::-1], *range(50, 70)]]
     params = SamplingParams(temperature=0, max_tokens=5)
     list(decode_loop(engine, [Request(prompt, params, 0, []) for prompt in prompts]))
+    new = [[9, *prompt] for prompt in prompts]
     chunk = engine.prefill_chunk
     engine.computed.clear()
 
@@ -192,10 +194,10 @@ def test_an_interrupt_while_several_rows_are_filled(make_engine, monkeypatch, si
 
     engine.prefill_chunk = failing
     with pytest.raises(KeyboardInterrupt):
-        list(decode_loop(engine, [Request([9, *p], params, 0, []) for p in prompts]))
+        list(decode_loop(engine, [Request(prompt, params, 0, []) for prompt in new]))
     assert engine.done.all()
     engine.prefill_chunk = chunk
-    answers = [[], []]
+    prompts, answers = new if then == "the same again" else prompts, [[], []]
     again = [Request(prompt, params, 0, [], goes_on=True) for prompt in prompts]
     for event in decode_loop(engine, again):
         answers[event.request] += event.tokens
