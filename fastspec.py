@@ -699,8 +699,8 @@ class Answer:
 
 
 class PackedLinear(nn.Module):
-    """A linear layer whose weight lies as oneDNN's kernels read it, about twice as fast for the
-    few rows of a decode step as nn.Linear in float32."""
+    """A linear layer whose weight lies as oneDNN's kernels read it: in float32 two to three times
+    as fast as nn.Linear for the 2 to 8 rows of a verification, somewhat faster for one row."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
