@@ -836,8 +836,8 @@ def test_a_bad_speculative_config_is_refused(dirs, config, message):
         ("speculative_config", {"model": 5}, r"^5 is neither a directory"),
         ("dtype", None, r"^dtype None is not supported; supported: auto, float32,"),
         ("device", 0.5, r"^device '0.5' is not supported; supported: cpu, cuda, cuda:N$"),
-        ("batch_size", None, r"^batch_size None or max_seq_len 128 is too small"),
-        ("max_seq_len", "9", r"^batch_size 1 or max_seq_len 9 is too small"),
+        ("batch_size", None, r"^batch_size None or max_seq_len 128 is out of range"),
+        ("max_seq_len", "9", r"^batch_size 1 or max_seq_len 9 is out of range"),
     ],
 )
 def test_an_argument_of_another_type_is_refused(dirs, argument, value, message):
