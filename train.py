@@ -113,9 +113,8 @@ def write_text(llm: LLM, requests: list[Request], file: Path, most: float = math
     needs = (any(r.params.temperature > 0 for r in requests), False)
     bar = tqdm(total=len(requests), initial=len(done), desc="text", unit="answer", disable=None)
     with open(file, "a") as out:
-        if not todo:  # nothing to compile for
-            return [Text(requests[i].prompt, done[i]) for i in sorted(done)]
-        for progress in decode_loop(llm.engine, taken(), needs):
+        steps = decode_loop(llm.engine, taken(), needs) if todo else ()  # else nothing to compile
+        for progress in steps:
             running.setdefault(progress.request, []).extend(progress.tokens)
             if progress.done:
                 number, answer = todo[progress.request], running.pop(progress.request)

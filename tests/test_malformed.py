@@ -339,8 +339,8 @@ BIN |= {
         "pytorch_model-00001-of-00002.bin not found",
     ),
     "index of pickles elsewhere": (
-        as_bin(write(BIN_INDEX, {"weight_map": {"a": "/tmp/a.bin"}}), shards=2),
-        f"{BIN_INDEX}: '/tmp/a.bin' is not the name of a .bin file",
+        as_bin(write(BIN_INDEX, {"weight_map": {"a": "/elsewhere/a.bin"}}), shards=2),
+        f"{BIN_INDEX}: '/elsewhere/a.bin' is not the name of a .bin file",
     ),
 }
 
