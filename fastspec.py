@@ -19,6 +19,7 @@ import signal
 import sys
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -254,8 +255,12 @@ class Engine(nn.Module):
         max_seq_len: int = 1024,
         num_draft_tokens: int = 0,
         compiled: bool = False,
+        ranks=None,
+        draft_ranks=None,
     ):
+        """`ranks` (of tp.py) share the target, `draft_ranks` the speculator; None: not shared."""
         super().__init__()
+        self.ranks, self.draft_ranks = ranks, draft_ranks
         self.model, self.speculator = model, speculator
         self.k = num_draft_tokens if speculator is not None else 0
         self.batch_size, self.max_seq_len = batch_size, max_seq_len
@@ -314,7 +319,8 @@ class Engine(nn.Module):
             candidates = torch.cat((last, self.draft(last[:, 0], root, noisy)), dim=1)  # [B N]
         positions = root[:, None] + self.depth  # [B N]
         hidden, new_kv = self.model(candidates, positions, kv, root, self.ancestors, self.attend)
-        sampled = self.choose(self.model.logits(hidden), positions + 1, None, noisy, filtered)
+        logits = self.model.logits(hidden)
+        sampled = self.choose(logits, positions + 1, None, noisy, filtered, self.ranks)
 
         room = torch.where(self.done, 0, self.limit - self.length)
         emitted, accepted, stopped = count_emitted(candidates[:, 1:], sampled, self.stop_ids, room)
@@ -326,24 +332,36 @@ class Engine(nn.Module):
         the two then agree far more often than independent draws would."""
 
         def choose(logits: Tensor, position: Tensor, ids: Tensor | None) -> Tensor:
-            return self.choose(logits[:, None], position[:, None], ids, noisy, False)[:, 0]
+            logits, position = logits[:, None], position[:, None]
+            return self.choose(logits, position, ids, noisy, False, self.draft_ranks)[:, 0]
 
-        return self.speculator.draft(self.hidden, last, root, self.k, choose)
+        drafts = self.speculator.draft(self.hidden, last, root, self.k, choose)
+        return drafts if self.ranks is None else self.ranks.same(drafts)
 
     def choose(
-        self, logits: Tensor, position: Tensor, ids: Tensor | None, noisy: bool, filtered: bool
+        self,
+        logits: Tensor,
+        position: Tensor,
+        ids: Tensor | None,
+        noisy: bool,
+        filtered: bool,
+        ranks,
     ) -> Tensor:
         """Column [B, n] for each absolute position [B, n] from float32 logits [B, n, V] of the
-        tokens `ids` [V]; None: of all."""
+        tokens `ids` [V]; None: of all. Each of `ranks` has its part of the columns."""
+        if filtered and ranks is not None:  # filters look at the whole distribution
+            whole = ranks.gather(logits)
+            return ranks.same(self.choose(whole, position, ids, noisy, filtered, None))
         if noisy:
-            T = self.temperature
-            ids = torch.arange(logits.shape[-1], device=logits.device) if ids is None else ids
+            T, width = self.temperature, logits.shape[-1] * (1 if ranks is None else ranks.size)
+            ids = torch.arange(width, device=logits.device) if ids is None else ids
+            ids = ids if ranks is None else ranks.columns(ids)
             scores = logits + T[:, None, None] * noise(self.seed, position, ids)
             if filtered:
                 keep = kept_tokens(logits, T, self.top_k, self.top_p, self.min_p)
                 scores = torch.where(keep, scores, -torch.inf)
             logits = scores
-        return logits.argmax(-1)
+        return logits.argmax(-1) if ranks is None else ranks.argmax(logits)
 
     def commit(self, emitted, stopped, sampled, hidden, accepted) -> None:
         """Append `emitted` [B] of the chosen tokens to each row and publish the result."""
@@ -735,10 +753,12 @@ class LLM:
 
     model: a directory, or a hub id (whose needed files are fetched). speculative_config: None, or
     {"model": directory or hub id, "method": "mlp_speculator", "num_speculative_tokens": int,
-    "revision": str}, all but "model" optional. dtype "auto" is float16 or bfloat16 on a
-    GPU, as the checkpoint says; on a CPU bfloat16 where it has instructions for it, else float32.
-    `compile` None means: on a GPU. Raises ValueError for what does not fit before reading weights;
-    `load=False` leaves these to a later `load()`, so that prompts can be checked first, too.
+    "revision": str, "draft_tensor_parallel_size": int}, all but "model" optional. dtype "auto" is
+    float16 or bfloat16 on a GPU, as the checkpoint says; on a CPU bfloat16 where it has
+    instructions for it, else float32. `compile` None means: on a GPU. tensor_parallel_size GPUs
+    share the target, and the speculator too where its own size (1, if not given) is the same.
+    Raises ValueError for what does not fit before reading weights; `load=False` leaves these to a
+    later `load()`, so that prompts can be checked first, too.
     """
 
     def __init__(
@@ -752,6 +772,7 @@ class LLM:
         max_seq_len: int | None = None,
         compile: bool | None = None,
         revision: str | None = None,
+        tensor_parallel_size: int = 1,
         load: bool = True,
     ):
         self.device = choose_device(device)
@@ -766,6 +787,16 @@ class LLM:
             self.speculator_dir, speculator_args, self.k = read_speculative_config(
                 speculative_config, self.args, self.directory
             )
+        self.tensor_parallel_size = tensor_parallel_size
+        self.draft_parallel_size = (speculative_config or {}).get("draft_tensor_parallel_size", 1)
+        check_parallel_sizes(tensor_parallel_size, self.draft_parallel_size, self.device)
+        self.local_args = self.args
+        if tensor_parallel_size > 1:
+            import tp  # only where there is something to share
+
+            self.local_args = tp.local_args(self.args, tensor_parallel_size)
+            if self.k:
+                tp.check_draft(speculator_args, self.draft_parallel_size)
         if max_seq_len is None:
             max_seq_len = min(self.args.max_position, DEFAULT_MAX_SEQ_LEN)
         if not (is_integer(batch_size, 1) and is_integer(max_seq_len, 2)):
@@ -780,19 +811,41 @@ class LLM:
         self.batch_size, self.max_seq_len = batch_size, max_seq_len
         self.compiled = self.device.type == "cuda" if compile is None else compile
         self.packed = packs_linears(self.device, self.dtype, self.compiled)
-        cache_shape = kv_cache_shape(self.args, batch_size, max_seq_len + self.k + 1)
-        draft_args = speculator_args if self.k else None
-        check_memory(self.args, draft_args, cache_shape, self.dtype, self.device, self.packed)
+        cache_shape = kv_cache_shape(self.local_args, batch_size, max_seq_len + self.k + 1)
+        models = self.local_args, speculator_args if self.k else None
+        where = self.dtype, self.device, self.packed
+        check_memory(*models, cache_shape, *where, self.draft_parallel_size)
         if load:
             self.load()
 
-    def load(self) -> None:
-        """Read the weights and build the engine."""
+    def load(self, ranks=None) -> None:
+        """Read the weights and build the engine, on this device or on those of `ranks`, which are
+        started here if there are to be several and none are given."""
+        if ranks is None and self.tensor_parallel_size > 1:
+            import tp
+
+            ranks = tp.start(self.tensor_parallel_size)
+            weakref.finalize(self, ranks.close)
+        if ranks is None:
+            self.load_weights()
+        else:
+            ranks.load(self)
+
+    def load_weights(self, ranks=None) -> None:
+        """Build this process's engine."""
         where = (self.device, self.dtype)
-        target = load_model(self.directory, *where, progress("target"))
+        draft_ranks = ranks if self.draft_parallel_size > 1 else None
+        target_part, draft_part = {}, {}
+        if ranks is not None:
+            part = ranks.target_sharding(self.args, self.device).part
+            target_part = {"local_args": self.local_args, "part": part}
+        if draft_ranks is not None:
+            draft_part = {"part": ranks.draft_sharding(self.device).part}
+        target = load_model(self.directory, *where, progress("target"), **target_part)
         speculator = None
         if self.k:
-            speculator = load_speculator(self.speculator_dir, *where, progress("speculator"))
+            bar = progress("speculator")
+            speculator = load_speculator(self.speculator_dir, *where, bar, **draft_part)
         self.engine = Engine(
             target,
             speculator,
@@ -800,9 +853,13 @@ class LLM:
             max_seq_len=self.max_seq_len,
             num_draft_tokens=self.k,
             compiled=self.compiled,
+            ranks=ranks,
+            draft_ranks=draft_ranks,
         )
         if self.packed:
             pack_linears(self.engine)
+        if ranks is not None:
+            ranks.connect(self.engine)
 
     def generate(
         self,
@@ -1047,7 +1104,7 @@ def read_speculative_config(
     """Directory, args and tokens to draft of the speculator, checked against the target."""
     if not isinstance(config, dict):
         raise ValueError(f"speculative_config {config!r} is not a dict with the key model")
-    known = ("model", "method", "num_speculative_tokens", "revision")
+    known = ("model", "method", "num_speculative_tokens", "revision", "draft_tensor_parallel_size")
     if unknown := [key for key in config if key not in known]:
         raise ValueError(
             f"speculative_config: {unknown[0]} is not supported; supported: {', '.join(known)}"
@@ -1077,15 +1134,41 @@ def read_speculative_config(
     return directory, args, k
 
 
+def check_parallel_sizes(size: int, draft_size: int, device: torch.device) -> None:
+    if not is_integer(size, 1):
+        raise ValueError(f"tensor_parallel_size {size!r} is not a number of devices")
+    if draft_size not in (1, size):
+        raise ValueError(
+            f"draft_tensor_parallel_size {draft_size!r}: supported are 1 and "
+            f"tensor_parallel_size {size}"
+        )
+    if device.type == "cuda" and size > (count := torch.cuda.device_count()):
+        raise ValueError(
+            f"tensor_parallel_size {size} needs as many GPUs; torch {torch.__version__} "
+            f"finds {count}"
+        )
+
+
 def check_memory(
-    target: ModelArgs, speculator: SpeculatorArgs | None, cache_shape, dtype, device, packed: bool
+    target: ModelArgs,
+    speculator: SpeculatorArgs | None,
+    cache_shape,
+    dtype,
+    device,
+    packed: bool,
+    draft_parallel_size: int = 1,
 ) -> None:
     """Refuse what cannot fit into the GPU's free memory or the host's whole memory, before
     weights are read. Packed, an output layer no longer shares the embedding table."""
     with torch.device("meta"):
-        modules = [Transformer(target), *([MLPSpeculator(speculator)] if speculator else [])]
-    parameters = (p for m in modules for _, p in m.named_parameters(remove_duplicate=not packed))
-    weights = sum(p.numel() for p in parameters) * dtype.itemsize
+        modules = [(Transformer(target), 1)]
+        if speculator:
+            modules.append((MLPSpeculator(speculator), draft_parallel_size))
+    weights = sum(
+        p.numel() * dtype.itemsize // devices
+        for module, devices in modules
+        for _, p in module.named_parameters(remove_duplicate=not packed)
+    )
     cache = math.prod(cache_shape) * dtype.itemsize
     if device.type == "cuda":
         gc.collect()  # an engine that went out of use may still hold its cache
@@ -1150,6 +1233,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--min-p", type=float, default=0.0, help="0, the default, keeps all")
     add("--seed", type=int, help="same seed, same text; unset: a fresh one")
     add("--stop", nargs="+", help="strings that end an answer")
+    add("--draft-tensor-parallel-size", type=int, default=1, help="ranks that share the speculator")
     add("--batch-size", type=int, help="rows decoded together; unset: as many as needed, up to 8")
     add("--max-seq-len", type=int, help="prompt + answer; unset: the model's, at most 8192")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
@@ -1162,11 +1246,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    args = parse_arguments(argv)
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a terminal may lack a character of the answer
+    ranks = join_torchrun()
     try:
-        run(args)
+        args = parse_arguments(argv)
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="replace")  # a terminal may lack an answer's character
+        run(args, ranks)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of a pipe has gone, as `head` does
@@ -1175,10 +1260,25 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         print(f"fastspec: {one_line(error)}", file=sys.stderr)
         return 1
+    finally:
+        if ranks is not None:
+            ranks.close()
     return 0
 
 
-def run(args: argparse.Namespace) -> None:
+def join_torchrun():
+    """Under torchrun: rank 0's view of all ranks. The others do what it announces, and end here."""
+    if not torch.distributed.is_torchelastic_launched():
+        return None
+    import tp
+
+    ranks = tp.join()
+    if ranks.rank:
+        tp.follow(ranks, LLM)
+    return ranks
+
+
+def run(args: argparse.Namespace, ranks=None) -> None:
     params = SamplingParams(
         temperature=args.temperature,
         top_k=args.top_k,
@@ -1189,7 +1289,7 @@ def run(args: argparse.Namespace) -> None:
         max_tokens=args.max_new_tokens,
     )
     check_options(args)
-    llm = llm_without_weights(args)
+    llm = llm_without_weights(args, 1 if ranks is None else ranks.size)
     chat, needs, bad = uses_chat(llm.tokenizer, args), step_needs([params]), 0
     if args.prompts:
         good, bad, needs = check_file(llm, args.prompts, params, chat)
@@ -1203,7 +1303,7 @@ def run(args: argparse.Namespace) -> None:
         named = ((text, f"prompt {i}") for i, text in enumerate(texts))
         requests = [prompt_request(llm, text, params, chat, name) for text, name in named]
         outputs = show(llm.run(requests), texts)
-    llm.load()
+    llm.load(ranks)
     if not llm.k:
         print("fastspec: no speculator: plain decoding, one token per step", file=sys.stderr)
     if llm.compiled:
@@ -1238,11 +1338,12 @@ def check_options(args: argparse.Namespace) -> None:
             open(file, "a").close()
 
 
-def llm_without_weights(args: argparse.Namespace) -> LLM:
+def llm_without_weights(args: argparse.Namespace, devices: int) -> LLM:
     speculative, target = None, args.checkpoint
     if args.speculator:
         speculative = {"model": args.speculator, "revision": args.speculator_revision}
         speculative["num_speculative_tokens"] = args.num_draft_tokens
+        speculative["draft_tensor_parallel_size"] = args.draft_tensor_parallel_size
         target = target or target_of(args.speculator, args.speculator_revision)
     rows = 8 if args.prompts else 1 if args.interactive else min(len(args.prompt or [""]), 8)
     return LLM(
@@ -1254,6 +1355,7 @@ def llm_without_weights(args: argparse.Namespace) -> LLM:
         max_seq_len=args.max_seq_len,
         compile=args.compile,
         revision=args.revision,
+        tensor_parallel_size=devices,
         load=False,
     )
 

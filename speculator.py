@@ -203,14 +203,16 @@ def load_speculator(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     progress: Callable[[Iterable[str]], Iterable[str]] = iter,
+    part: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor,
 ) -> MLPSpeculator:
     """Speculator from a directory with config.json and weights: safetensors, or if there are none
     torch's .bin, as one file or as shards with their index.
 
     Tensor names may carry the prefix `speculator.`; tied tensors may be stored once or under
-    every alias. Files are mapped, not read: tensors go to `device` one at a time. Raises
-    ValueError naming file and tensor when something does not fit or is not finite; names, shapes
-    and types are checked before the first weight is read.
+    every alias. Files are mapped, not read: tensors go to `device` one at a time. With `part`,
+    only part(name, tensor) of each is built and read. Raises ValueError naming file and tensor
+    when something does not fit or is not finite; names, shapes and types are checked before the
+    first weight is read.
     """
     directory = Path(directory)
     args = SpeculatorArgs.from_config(_read_json(directory / "config.json"))
@@ -219,10 +221,12 @@ def load_speculator(
     found = _map_weights(directory)
     ids = _draft_ids(directory, found, args)
     _check(directory, found, _tensor_names(model))
+    for name, param in model.named_parameters():
+        param.data = part(name, param.data).contiguous()
     model.to_empty(device=device)
     if ids is not None:
         model.set_draft_ids(ids.to(device))
-    _copy_tensors(found, _tensor_names(model), progress)
+    _copy_tensors(found, _tensor_names(model), progress, part)
     return model.eval().requires_grad_(False)
 
 
@@ -277,15 +281,19 @@ def _check(where: Path, found: dict, wanted: dict[str, Tensor]) -> None:
             )
 
 
-def _copy_tensors(found: dict, targets: dict[str, Tensor], progress: Callable) -> None:
-    """Fill the targets one at a time; each must turn out finite, and tied tensors equal."""
+def _copy_tensors(
+    found: dict, targets: dict[str, Tensor], progress: Callable, part: Callable
+) -> None:
+    """Fill the targets one at a time with parts of what was found; each must turn out finite, and
+    tied tensors equal."""
     copied: dict[int, Tensor] = {}
     ranges = {}
     for name in progress(sorted(found, key=lambda name: found[name][0])):
         (file, stored, tensor), target = found[name], targets[name]
         first = copied.setdefault(id(target), tensor)
         if first is tensor:
-            target.copy_(tensor.to(target.device))  # a change of dtype happens on the device
+            # Another dtype is made on the device.
+            target.copy_(part(name, tensor).to(target.device))
             ranges[file, stored] = torch.stack(target.aminmax())
         elif not torch.equal(first, tensor.to(first.dtype)):
             raise ValueError(f"{file}: {stored} differs from the tensor it is tied to")
