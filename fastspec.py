@@ -826,6 +826,7 @@ class LLM:
 
             ranks = tp.start(self.tensor_parallel_size)
             weakref.finalize(self, ranks.close)
+        self.ranks = ranks
         if ranks is None:
             self.load_weights()
         else:

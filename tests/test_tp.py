@@ -1,0 +1,294 @@
+"""Several ranks give what one process gives; tests/tp_cases.py is rank 0 of most groups here."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import answer, greedy, load, tiny_gpt_bigcode, tiny_llama, tiny_speculator
+from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from tp_cases import SETTINGS, answers, new_llm
+
+import tp
+from fastspec import ModelArgs, choose_device
+from model import Transformer, hf_tensors, load_model
+from speculator import MLPSpeculator, SpeculatorArgs
+
+ROOT = Path(__file__).parent.parent
+SIZES = (2, 4)
+LARGE = {"vocab_size": 8000, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 6}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Checkpoints whose heads (8, of keys and values 2 or 1), channels and tokens 4 ranks can
+    share: with 4 there are fewer KV heads than ranks."""
+    root = tmp_path_factory.mktemp("tp")
+    heads = {"vocab_size": 96, "num_attention_heads": 8, "num_key_value_heads": 2}
+    tiny_llama(root / "gqa", **heads)
+    biases = {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}
+    tiny_llama(root / "biased", **heads, **biases)
+    tiny_gpt_bigcode(root / "bigcode", vocab_size=96, n_head=8)
+    tiny_speculator(root / "draft", vocab_size=96)
+    tiny_llama(root / "ties", **heads)
+    file = root / "ties" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["lm_head.weight"] = tensors["lm_head.weight"][:24].repeat(4, 1)
+    save_file(tensors, file, metadata={"format": "pt"})
+    tiny_llama(root / "large", **(heads | LARGE))
+    return root
+
+
+@pytest.fixture(scope="module", params=SIZES)
+def group(request, root):
+    """(number of ranks, what they gave, exit code, seconds from its end to the workers')."""
+    size = request.param
+    command = [sys.executable, str(ROOT / "tests" / "tp_cases.py"), str(size), str(root)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert result.stdout, result.stderr
+    results, end = json.loads(result.stdout.splitlines()[-1]), time.monotonic()
+    while any(alive(pid) for pid in results["pids"]) and time.monotonic() < end + 30:
+        time.sleep(0.1)
+    return size, results, result.returncode, time.monotonic() - end
+
+
+def alive(pid):
+    """Not a zombie either: in a container there may be nobody to wait for an orphan."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+# ---- the same tokens ----
+
+
+@pytest.mark.parametrize("target", ["gqa", "biased", "bigcode"])
+def test_ranks_give_what_one_process_gives(root, group, target):
+    """Ids with speculation off, replicated and sharded, greedy, sampled and filtered; and drafts
+    accepted, so that replicated and sharded drafts are those of one process too."""
+    size, results, *_ = group
+    for draft_size in (0, 1, size):
+        llm = new_llm(root / target, root / "draft" if draft_size else None)
+        for kind in SETTINGS:
+            if (name := f"{target} {draft_size} {kind}") in results:
+                assert results[name] == answers(llm, kind), name
+                if kind == "sampled" and draft_size:
+                    assert sum(sum(accepted) for *_, accepted in results[name]) > 5
+    assert f"{target} {size} mixed" in results
+
+
+def test_the_first_of_equal_tokens_wins(group):
+    """Each rank has the same rows of the output layer: rank 0's come first."""
+    assert max(max(ids) for ids in group[1]["ties"]) < 24
+
+
+# ---- ends ----
+
+
+def test_a_group_goes_on_after_a_stream_was_left_and_after_an_interrupt(root, group):
+    size, results, *_ = group
+    if size == 2:
+        expected = answers(new_llm(root / "gqa", batch_size=2), "greedy")
+        assert results["after_close"] == expected
+        assert results["after_interrupt"] == expected
+
+
+def test_no_rank_outlives_rank_0(group):
+    """Whether that was killed (of two ranks) or ended."""
+    size, _, code, seconds = group
+    assert code == (-9 if size == 2 else 0)
+    assert seconds < 10
+
+
+def test_a_checkpoint_that_a_rank_does_not_see_is_its_error(group):
+    size, results, *_ = group
+    if size == 4:
+        assert results["unseen"].startswith("rank 1: /nowhere: no such directory")
+
+
+SNIPPET = """
+from fastspec import LLM, SamplingParams
+
+llm = LLM(
+    model={target!r},
+    tensor_parallel_size=2,
+    speculative_config={{
+        "model": {draft!r},
+        "draft_tensor_parallel_size": 1,
+        "method": "mlp_speculator",
+    }},
+    {here}
+)
+params = SamplingParams(temperature=0, max_tokens=12)
+for output in llm.generate([[1, 2, 3]], params):
+    print(output.outputs[0].token_ids, flush=True)
+
+import os, signal
+os.kill(next(iter(llm.ranks.workers.values()))[0].pid, signal.SIGKILL)
+llm.generate([[1, 2, 3]], params)
+"""
+
+
+def test_the_documented_snippet_runs_unguarded_and_a_killed_rank_ends_it(root, tmp_path):
+    """A script without a main guard. After its answer, its second rank is killed."""
+    here = "dtype='float32', device='cpu'"
+    script = tmp_path / "snippet.py"
+    target, draft = str(root / "gqa"), str(root / "draft")
+    script.write_text(SNIPPET.format(target=target, draft=draft, here=here))
+    start = time.monotonic()
+    result = subprocess.run(
+        [sys.executable, str(script)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        timeout=90,
+    )
+    tokens = answer(load(root / "gqa"), [1, 2, 3], greedy(max_tokens=12)).token_ids
+    assert result.stdout == f"{tokens}\n", result.stderr
+    assert result.returncode == 1
+    message = "ConnectionError: rank 1 has ended with -9: it left no message\n"
+    assert result.stderr.endswith(message)
+    assert time.monotonic() - start < 60  # a start takes about ten seconds here
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_under_torchrun_rank_0_prints_what_a_plain_run_does(root, tmp_path, size):
+    """A world of one goes through the same code. The answers are of a file of prompts."""
+    prompts, output = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+    prompts.write_text('{"prompt": [1, 2, 3]}\n{"prompt": [4, 5], "temperature": 1, "seed": 3}\n')
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
+    options = [*("--checkpoint", root / "gqa"), *("--speculator", root / "draft")]
+    options += [
+        "--prompts",
+        prompts,
+        "--max-new-tokens",
+        8,
+        "--dtype",
+        "float32",
+        "--device",
+        "cpu",
+    ]
+    for name, launcher in {"plain": [], "ranks": launch}.items():
+        file = output.with_suffix(f".{name}")
+        command = [*launcher, ROOT / "fastspec.py", *options, "--output", file]
+        command = [sys.executable, *map(str, command)]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=90)
+        assert result.returncode == 0, result.stderr
+        assert result.stderr.count("tokens per step") == 1  # the summary
+    by_id = lambda file: sorted(file.read_text().splitlines())  # noqa: E731
+    assert by_id(output.with_suffix(".ranks")) == by_id(output.with_suffix(".plain"))
+
+
+# ---- what a rank holds ----
+
+
+def test_each_rank_loads_its_share_and_no_more(root, group):
+    """Memory at the peak of loading, beside what the allocator keeps: 20 MB of about 110."""
+    size, results, *_ = group
+    if size == 4:
+        whole = sum(p.nbytes for p in load_model(root / "large").parameters())
+        assert max(results["peaks"]) < whole / size + 20e6
+        assert results["parameters"]  # plain tensors: static inputs of the step's CUDA graph
+
+
+@pytest.fixture
+def as_rank():
+    """Make this process a rank of a group without the others: enough for meshes and placements."""
+
+    def become(rank, size):
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
+        return tp.Ranks()
+
+    yield become
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("target", ["gqa", "bigcode"])
+@pytest.mark.parametrize("size", SIZES)
+def test_a_part_is_what_torch_says_of_its_placements(root, as_rank, target, size):
+    """Pieces of every stored tensor as DTensors: shapes are the whole's, and each rank's memory
+    is where torch would have it."""
+    config = json.loads((root / target / "config.json").read_text())
+    args = ModelArgs.from_config(config)
+    stored = {name: t.clone() for name, t in hf_tensors(Transformer(args)).items()}
+    for rank in range(size):
+        sharding = as_rank(rank, size).target_sharding(args, torch.device("cpu"))
+        parts = {name: sharding.part(name, tensor) for name, tensor in stored.items()}
+        local = Transformer(tp.local_args(args, size))
+        assert {n: p.shape for n, p in parts.items()} == {
+            n: t.shape for n, t in hf_tensors(local).items()
+        }
+        for name, dtensors in sharding.dtensors(parts).items():
+            whole = iter(tp.pieces(name, stored[name], sharding.plan, args.head_dim))
+            for dtensor in dtensors:
+                tensor, placements = next(whole)
+                assert (dtensor.shape, dtensor.placements) == (tensor.shape, placements)
+                shape, offset = compute_local_shape_and_global_offset(
+                    tensor.shape, sharding.mesh, placements
+                )
+                view = tensor
+                for dim, (length, at) in enumerate(zip(shape, offset, strict=True)):
+                    view = view.narrow(dim, at, length)
+                if placements == tp.ONCE and rank:
+                    view = torch.zeros_like(view)
+                assert torch.equal(dtensor.to_local(), view), name
+
+
+def test_the_weights_that_matter_are_sharded(root):
+    """All linear layers and the vocabulary: what is left whole is norms and positions."""
+    for target in ("gqa", "bigcode"):
+        args = ModelArgs.from_config(json.loads((root / target / "config.json").read_text()))
+        for name, tensor in hf_tensors(Transformer(args)).items():
+            for piece, placements in tp.pieces(name, tensor, tp.TARGET_PLAN, args.head_dim):
+                if piece.ndim == 2 and "wpe" not in name and piece.shape[0] != 2 * args.head_dim:
+                    assert Shard in map(type, placements), name
+    draft = MLPSpeculator(
+        SpeculatorArgs.from_config(json.loads((root / "draft" / "config.json").read_text()))
+    )
+    for name, parameter in draft.named_parameters():
+        [(_, placements)] = tp.pieces(name, parameter, tp.DRAFT_PLAN, 0)
+        assert (Shard in map(type, placements)) == (parameter.ndim == 2), name
+
+
+# ---- errors before anything starts ----
+
+
+@pytest.mark.parametrize(
+    ("size", "draft_size", "message"),
+    [
+        (3, 1, "3 ranks cannot share 8 heads (2 of keys and values), 64 feed-forward channels and "
+               "96 tokens evenly; possible: 1, 2, 4, 8"),
+        (0, 1, "tensor_parallel_size 0 is not a number of devices"),
+        (4, 2, "draft_tensor_parallel_size 2: supported are 1 and tensor_parallel_size 4"),
+    ],
+)  # fmt: skip
+def test_sizes_that_do_not_work_are_refused(root, size, draft_size, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        new_llm(root / "gqa", root / "draft", draft_size, tensor_parallel_size=size)
+
+
+def test_a_speculator_that_ranks_cannot_share_is_refused(root, tmp_path):
+    tiny_speculator(tmp_path, vocab_size=96, inner_dim=33)
+    message = "2 ranks cannot share the speculator's inner_dim 33 and 96 tokens evenly; use"
+    with pytest.raises(ValueError, match=message):
+        new_llm(root / "gqa", tmp_path, 2, tensor_parallel_size=2)
+
+
+def test_more_ranks_than_gpus_are_refused(root, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr("fastspec.choose_device", lambda name: torch.device("cuda"))
+    assert choose_device("cpu").type == "cpu"
+    with pytest.raises(ValueError, match=r"tensor_parallel_size 4 needs as many GPUs; .* finds 2"):
+        new_llm(root / "gqa", tensor_parallel_size=4, device="cuda")
