@@ -292,3 +292,44 @@ def test_more_ranks_than_gpus_are_refused(root, monkeypatch):
     assert choose_device("cpu").type == "cpu"
     with pytest.raises(ValueError, match=r"tensor_parallel_size 4 needs as many GPUs; .* finds 2"):
         new_llm(root / "gqa", tensor_parallel_size=4, device="cuda")
+
+
+# ---- the step ----
+
+
+def test_the_step_is_one_graph_that_holds_its_collectives_and_copies_no_weight(root, as_rank):
+    """Traced as torch.compile traces it, but not compiled. Weights are inputs of the graph, which
+    go straight into products, look-ups and norms; for each layer two sums, and one for the
+    embedding; of the drafts and the filtered choice, rank 0's; pairs or channels else."""
+    ranks = as_rank(1, 2)
+    llm = new_llm(root / "gqa", root / "draft", 2, tensor_parallel_size=2, load=False)
+    llm.packed = False
+    llm.load_weights(ranks)
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph.graph)
+        weights = [isinstance(x, torch.nn.Parameter) for x in inputs]
+        placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
+        readers.update(
+            getattr(user.target, "__name__", user.target)
+            for node, is_weight in zip(placeholders, weights, strict=True)
+            for user in node.users
+            if is_weight
+        )
+        return graph.forward
+
+    readers = set()
+    with torch.inference_mode():
+        torch.compile(llm.engine.decode_step, backend=keep, fullgraph=True)(None, True, True)
+    assert len(graphs) == 1
+    names = [str(node.target) for node in graphs[0].nodes]
+    kinds = ("all_reduce", "broadcast", "all_gather_into_tensor")
+    heads, layers = 3, 3
+    assert [sum(kind in name for name in names) for kind in kinds] == [
+        2 * layers + 1,
+        2,
+        3 * heads + 1,
+    ]
+    # "float" is of the speculator's norms, [W] each.
+    assert readers == {"linear", "embedding", "rms_norm", "float"}

@@ -87,7 +87,7 @@ def main(size, root):
     ranks = tp.start(size)
     results = {"pids": [process.pid for process, _ in ranks.workers.values()]}
     for target in ("gqa", "biased", "bigcode"):
-        for draft_size in (0, 1, size):
+        for draft_size in (0, 1, size) if target == "gqa" else (size,):
             llm = new_llm(
                 root / target,
                 root / "draft" if draft_size else None,
@@ -96,7 +96,7 @@ def main(size, root):
                 load=False,
             )
             llm.load(ranks)
-            for kind in SETTINGS if target == "gqa" or draft_size == size else ["greedy"]:
+            for kind in SETTINGS:
                 results[f"{target} {draft_size} {kind}"] = answers(llm, kind)
     llm = new_llm(root / "ties", tensor_parallel_size=size, load=False)
     llm.load(ranks)
