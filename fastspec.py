@@ -608,11 +608,11 @@ def decode_loop(
                     del running[row]
                     free.append(row)
     finally:  # also when the consumer stops early
+        engine.busy = False
         for row in running:
             engine.stop_row(row)
         for packet, *_ in in_flight:
             engine.wait(packet)
-        engine.busy = False
 
 
 def step_needs(params: Iterable[SamplingParams]) -> tuple[bool, bool]:
