@@ -835,13 +835,7 @@ class LLM:
     def load_weights(self, ranks=None) -> None:
         """Build this process's engine."""
         where = (self.device, self.dtype)
-        draft_ranks = ranks if self.draft_parallel_size > 1 else None
-        target_part, draft_part = {}, {}
-        if ranks is not None:
-            part = ranks.target_sharding(self.args, self.device).part
-            target_part = {"local_args": self.local_args, "part": part}
-        if draft_ranks is not None:
-            draft_part = {"part": ranks.draft_sharding(self.device).part}
+        target_part, draft_part = ({}, {}) if ranks is None else ranks.parts(self)
         target = load_model(self.directory, *where, progress("target"), **target_part)
         speculator = None
         if self.k:
@@ -855,7 +849,7 @@ class LLM:
             num_draft_tokens=self.k,
             compiled=self.compiled,
             ranks=ranks,
-            draft_ranks=draft_ranks,
+            draft_ranks=ranks if self.draft_parallel_size > 1 else None,
         )
         if self.packed:
             pack_linears(self.engine)

@@ -290,10 +290,10 @@ def _copy_tensors(
     ranges = {}
     for name in progress(sorted(found, key=lambda name: found[name][0])):
         (file, stored, tensor), target = found[name], targets[name]
+        tensor = part(name, tensor)
         first = copied.setdefault(id(target), tensor)
         if first is tensor:
-            # Another dtype is made on the device.
-            target.copy_(part(name, tensor).to(target.device))
+            target.copy_(tensor.to(target.device))  # a change of dtype happens on the device
             ranges[file, stored] = torch.stack(target.aminmax())
         elif not torch.equal(first, tensor.to(first.dtype)):
             raise ValueError(f"{file}: {stored} differs from the tensor it is tied to")

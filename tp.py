@@ -11,6 +11,7 @@ Letters in shape comments: B rows, n tokens per row, V vocabulary, R ranks.
 """
 
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -20,9 +21,10 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -119,28 +121,22 @@ def local_part(tensor: Tensor, mesh: DeviceMesh, placements: Placements) -> Tens
     return tensor
 
 
-class Sharding:
-    """A plan over a mesh; `part` is what the loaders ask for each stored tensor."""
+def part(name: str, tensor: Tensor, mesh: DeviceMesh, plan: dict, head_dim: int = 0) -> Tensor:
+    """What this rank holds of a stored tensor. Nothing else of it is read."""
+    found = pieces(name, tensor, plan, head_dim)
+    parts = [local_part(piece, mesh, placements) for piece, placements in found]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def __init__(self, mesh: DeviceMesh, plan: dict, head_dim: int = 0):
-        self.mesh, self.plan, self.head_dim = mesh, plan, head_dim
 
-    def part(self, name: str, tensor: Tensor) -> Tensor:
-        """What this rank holds of a stored tensor. Nothing else of it is read."""
-        found = pieces(name, tensor, self.plan, self.head_dim)
-        parts = [local_part(piece, self.mesh, placements) for piece, placements in found]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def dtensors(self, tensors: dict[str, Tensor]) -> dict[str, list[DTensor]]:
-        """Stored name -> the pieces of the whole tensor as DTensors, from this rank's `tensors` by
-        name, whose memory they share: to inspect or save a sharded model."""
-        return {
-            name: [
-                DTensor.from_local(piece, self.mesh, placements)
-                for piece, placements in pieces(name, tensor, self.plan, self.head_dim)
-            ]
-            for name, tensor in tensors.items()
-        }
+def as_dtensors(
+    name: str, tensor: Tensor, mesh: DeviceMesh, plan: dict, head_dim: int = 0
+) -> list[DTensor]:
+    """The pieces of a whole stored tensor, from this rank's part of it, whose memory they share:
+    to inspect or save a sharded model."""
+    return [
+        DTensor.from_local(piece, mesh, placements)
+        for piece, placements in pieces(name, tensor, plan, head_dim)
+    ]
 
 
 class VocabularyEmbedding(nn.Module):
@@ -158,7 +154,7 @@ class VocabularyEmbedding(nn.Module):
 
 
 def join_target(model: nn.Module, ranks: "Ranks") -> None:
-    """Make a rank's part of a target compute what the whole would, but for `output`: its columns
+    """Make a rank's part of a target compute what the whole would, but for `output`, whose columns
     stay apart."""
     model.embed = VocabularyEmbedding(model.embed.weight, ranks)
     for layer in model.layers:
@@ -177,31 +173,6 @@ def new_mesh(device_type: str, n_kv_heads: int, size: int) -> DeviceMesh:
     return init_device_mesh(device_type, (groups, size // groups), mesh_dim_names=("kv", "copy"))
 
 
-def worker_options(llm) -> dict:
-    """What the other ranks make their LLM of."""
-    speculative = None
-    if llm.k:
-        speculative = {"model": str(llm.speculator_dir), "num_speculative_tokens": llm.k}
-        speculative["draft_tensor_parallel_size"] = llm.draft_parallel_size
-    return {
-        "model": str(llm.directory.absolute()),
-        "speculative_config": speculative,
-        "dtype": str(llm.dtype).removeprefix("torch."),
-        "device": llm.device.type,
-        "batch_size": llm.batch_size,
-        "max_seq_len": llm.max_seq_len,
-        "compile": llm.compiled,
-        "tensor_parallel_size": llm.tensor_parallel_size,
-    }
-
-
-def lead(engine, ranks: "Ranks") -> None:
-    """From now on the other ranks do to their engines what is done to this one."""
-    for name in ("capture_prefill", "prefill", "step", "stop_row"):
-        setattr(engine, name, ranks.announced(name, getattr(engine, name)))
-    engine.wait = ranks.watched(engine.wait)
-
-
 # --- ranks -------------------------------------------------------------------------------------
 
 # Waiting for the next command may take for ever: lost ranks are noticed in other ways.
@@ -215,9 +186,16 @@ WORKER = "import sys, tp, fastspec; tp.work(*map(int, sys.argv[1:]), fastspec.LL
 class Ranks:
     """The processes that share a model, seen from one of them."""
 
-    def __init__(self, workers: Workers | None = None):
-        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+    def __init__(self, store: dist.Store, rank: int, size: int, workers: Workers | None = None):
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        options = {"store": store, "rank": rank, "world_size": size, "timeout": NO_TIMEOUT}
+        dist.init_process_group(backend, **options)
+        self.rank, self.size = rank, size
         self.group = dist.group.WORLD.group_name
+        # Faster than a broadcast, and rank 0 need not wait for the others. A connection of its
+        # own: the others' waiting would lock out NCCL.
+        self.commands = store.clone()
+        self.commands.set_timeout(NO_TIMEOUT)
         self.workers = workers or {}  # those that this rank 0 has started
         self.ended: str | None = None  # why, once they have
         self.waiting = False  # for the other ranks, perhaps
@@ -260,47 +238,49 @@ class Ranks:
     # between the hosts
 
     def announce(self, *command) -> None:
-        dist.broadcast_object_list([command], src=0, device=torch.device("cpu"))
+        """Rank 0: tell the other ranks what to do next."""
+        message = pickle.dumps(command)
+        for rank in range(1, self.size):
+            self.commands.queue_push(f"commands/{rank}", message)
 
     def hear(self) -> tuple:
         """The next command of rank 0."""
-        heard = [None]
-        dist.broadcast_object_list(heard, src=0, device=torch.device("cpu"))
-        return heard[0]
+        return pickle.loads(self.commands.queue_pop(f"commands/{self.rank}"))
 
     @contextmanager
     def together(self) -> Iterator[None]:
         """Every rank gets through the block, or each raises ValueError with the first's error."""
         error = None
-        with self.guard():
-            try:
-                yield
-            except Exception as caught:
-                error = one_line(caught)
-            errors: list[str | None] = [None] * self.size
-            dist.all_gather_object(errors, error)
+        try:
+            yield
+        except Exception as caught:
+            error = one_line(caught)
+        errors: list[str | None] = [None] * self.size
+        dist.all_gather_object(errors, error)
         if bad := [rank for rank in range(self.size) if errors[rank]]:
-            self.abandon(errors[bad[0]])
             raise ValueError(f"rank {bad[0]}: {errors[bad[0]]}" if bad[0] else errors[0])
 
     def load(self, llm) -> None:
-        """Rank 0: load an LLM here and on every other rank."""
+        """Rank 0: load an LLM here and on every other rank, which then do to their engines what is
+        done to this one."""
         if llm.device.index:
             raise ValueError(f"device {llm.device}: ranks take cuda:0 and those after it")
         with self.guard():
             self.announce("load", worker_options(llm))
-        with self.together():
-            pass  # the others check what they see of the checkpoint
-        with self.together():
-            llm.load_weights(self)
-        lead(llm.engine, self)
+            with self.together():
+                pass  # the others check what they see of the checkpoint
+            with self.together():
+                llm.load_weights(self)
+        for name in ("capture_prefill", "prefill", "step", "stop_row"):
+            setattr(llm.engine, name, self.led(getattr(llm.engine, name), name))
+        llm.engine.wait = self.led(llm.engine.wait)
 
-    def target_sharding(self, args, device: torch.device) -> Sharding:
-        mesh = new_mesh(device.type, args.n_kv_heads, self.size)
-        return Sharding(mesh, TARGET_PLAN, args.head_dim)
-
-    def draft_sharding(self, device: torch.device) -> Sharding:
-        return Sharding(new_mesh(device.type, self.size, self.size), DRAFT_PLAN)
+    def parts(self, llm) -> tuple[dict, dict]:
+        """What load_model and load_speculator need to be told of this rank's parts."""
+        mesh = new_mesh(llm.device.type, llm.args.n_kv_heads, self.size)
+        target = partial(part, mesh=mesh, plan=TARGET_PLAN, head_dim=llm.args.head_dim)
+        draft = partial(part, mesh=mesh, plan=DRAFT_PLAN if llm.draft_parallel_size > 1 else {})
+        return {"local_args": llm.local_args, "part": target}, {"part": draft}
 
     def connect(self, engine) -> None:
         """Make this rank's parts of the engine's models compute what the whole would."""
@@ -308,48 +288,34 @@ class Ranks:
         if engine.draft_ranks is not None:
             join_speculator(engine.speculator, self)
 
-    def announced(self, name: str, method: Callable) -> Callable:
-        """A method of rank 0's engine that every rank calls."""
+    def led(self, method: Callable, name: str | None = None) -> Callable:
+        """A method of rank 0's engine, which every rank calls if it has a name."""
 
         def call(*args):
-            # Broken off between two collectives, this rank would meet the others' next one with
-            # another.
             with delayed_interrupt(), self.guard():
-                self.announce(name, *args)
+                if name is not None:
+                    self.announce(name, *args)
                 return method(*args)
-
-        return call
-
-    def watched(self, method: Callable) -> Callable:
-        """A method that waits for work of all ranks."""
-
-        def call(*args):
-            self.waiting = True
-            try:
-                return method(*args)
-            finally:
-                self.waiting = False
 
         return call
 
     @contextmanager
     def guard(self) -> Iterator[None]:
-        """Around what all ranks do: one that fails ends all, and rank 0 says which has ended."""
+        """Around what needs all ranks: where one is lost, the others end, and rank 0 says which."""
         if why := self.ended or lost(self.workers):
             self.abandon(why)
             raise ConnectionError(why)
         self.waiting = True
         try:
             yield
-        except Exception as error:
+        except ValueError:  # the ranks are as they were
+            raise
+        except BaseException as error:
             # A connection breaks a little before its process has ended.
             why = lost(self.workers, seconds=2)
             self.abandon(why or one_line(error))
             if why:
                 raise ConnectionError(why) from None
-            raise
-        except BaseException:  # Ctrl-C while weights are read
-            self.abandon("interrupted")
             raise
         finally:
             self.waiting = False
@@ -383,6 +349,26 @@ class Ranks:
                 process.wait(GRACE)
         except (RuntimeError, subprocess.TimeoutExpired):
             self.abandon("the ranks were closed")
+
+
+def worker_options(llm) -> dict:
+    """What the other ranks make their LLM of."""
+    speculative = None
+    if llm.k:
+        # Absolute, so that no rank takes a directory that it does not see for a hub id.
+        speculative = {"model": str(llm.speculator_dir.absolute())}
+        speculative["num_speculative_tokens"] = llm.k
+        speculative["draft_tensor_parallel_size"] = llm.draft_parallel_size
+    return {
+        "model": str(llm.directory.absolute()),
+        "speculative_config": speculative,
+        "dtype": str(llm.dtype).removeprefix("torch."),
+        "device": llm.device.type,
+        "batch_size": llm.batch_size,
+        "max_seq_len": llm.max_seq_len,
+        "compile": llm.compiled,
+        "tensor_parallel_size": llm.tensor_parallel_size,
+    }
 
 
 def one_line(error: Exception) -> str:
@@ -432,6 +418,8 @@ def delayed_interrupt() -> Iterator[None]:
 
 def start(size: int) -> Ranks:
     """Rank 0 of a new group, which this process becomes; the other ranks are started."""
+    if dist.is_torchelastic_launched():
+        raise ValueError("torchrun is for fastspec.py: LLM starts its ranks itself, use python")
     if dist.is_initialized():
         raise ValueError("this process has a process group already; use one process for each")
     store = dist.TCPStore("127.0.0.1", 0, size, is_master=True, wait_for_workers=False)
@@ -448,19 +436,12 @@ def start(size: int) -> Ranks:
         if why := lost(workers, seconds=0.1):
             kill(workers)
             raise ConnectionError(why)
-    init_group(store=store, rank=0, world_size=size)
-    return Ranks(workers)
+    return Ranks(store, 0, size, workers)
 
 
 def join() -> Ranks:
     """This process's rank of the group that torchrun has started."""
-    init_group()
-    return Ranks()
-
-
-def init_group(**options) -> None:
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=NO_TIMEOUT, **options)
+    return Ranks(*next(dist.rendezvous("env://")))
 
 
 def work(port: int, size: int, rank: int, build: Callable) -> None:
@@ -468,8 +449,7 @@ def work(port: int, size: int, rank: int, build: Callable) -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
     store = dist.TCPStore("127.0.0.1", port, size, is_master=False)
     store.set(f"rank {rank}", b"")
-    init_group(store=store, rank=rank, world_size=size)
-    follow(Ranks(), build)
+    follow(Ranks(store, rank, size), build)
 
 
 def end_with_parent() -> None:
@@ -480,6 +460,7 @@ def end_with_parent() -> None:
 
 def follow(ranks: Ranks, build: Callable) -> None:
     """Do what rank 0 announces, until it ends, and end the process. `build` is LLM."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # what Ctrl-C means is for rank 0 to say
     llm, packets = None, deque()
     try:
         while (command := ranks.hear())[0] != "end":
@@ -487,13 +468,8 @@ def follow(ranks: Ranks, build: Callable) -> None:
             if name == "load":
                 packets.clear()
                 llm = None  # before the next one takes memory
-                with ranks.together():
-                    options = args[0]
-                    if options["device"] == "cuda":
-                        options["device"] = f"cuda:{ranks.rank}"
-                    llm = build(**options, load=False)
-                with ranks.together():
-                    llm.load_weights(ranks)
+                with suppress(ValueError):  # which rank 0 reports
+                    llm = load_part(ranks, *args, build)
                 continue
             result = getattr(llm.engine, name)(*args)
             if name == "step":  # run ahead as far as rank 0 does
@@ -504,3 +480,14 @@ def follow(ranks: Ranks, build: Callable) -> None:
         traceback.print_exc()
         os._exit(1)
     os._exit(0)  # at once: CUDA graphs that hold collectives make an orderly end hang
+
+
+def load_part(ranks: Ranks, options: dict, build: Callable):
+    """This rank's LLM; for the two steps see Ranks.load."""
+    if options["device"] == "cuda":
+        options["device"] = f"cuda:{ranks.rank}"
+    with ranks.together():
+        llm = build(**options, load=False)
+    with ranks.together():
+        llm.load_weights(ranks)
+    return llm

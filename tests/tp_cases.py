@@ -41,6 +41,20 @@ def answers(llm, kind):
     return [[o.outputs[0].token_ids, o.steps, o.accepted_per_head] for o in outputs]
 
 
+def two_turns(llm):
+    """Ids of an answer, those of the next turn's, and how much of that was in the cache."""
+    prompt, reused = [1, 2, 3, 4, 5], []
+    find = llm.engine.cached_prefix
+    llm.engine.cached_prefix = lambda *args: reused.append(find(*args)) or reused[-1]
+    answers = []
+    for _ in range(2):
+        request = replace(llm.request(prompt, GREEDY, "prompt"), goes_on=True)
+        [answer] = [output for *_, output in llm.run([request]) if output]
+        answers.append(answer.outputs[0].token_ids)
+        prompt = [*prompt, *answers[-1], 6, 7]
+    return [*answers, reused[-1]]
+
+
 def anonymous(pid):
     """Bytes of a process's memory, without pages of mapped files."""
     status = Path(f"/proc/{pid}/status").read_text()
@@ -98,6 +112,12 @@ def main(size, root):
             llm.load(ranks)
             for kind in SETTINGS:
                 results[f"{target} {draft_size} {kind}"] = answers(llm, kind)
+    llm = new_llm(root / "gqa", root / "narrow", size, tensor_parallel_size=size, load=False)
+    llm.load(ranks)
+    results |= {f"narrow {kind}": answers(llm, kind) for kind in ("greedy", "sampled")}
+    llm = new_llm(root / "gqa", root / "draft", tensor_parallel_size=size, load=False)
+    llm.load(ranks)
+    results["turns"] = two_turns(llm)
     llm = new_llm(root / "ties", tensor_parallel_size=size, load=False)
     llm.load(ranks)
     results["ties"] = [ids for ids, *_ in answers(llm, "greedy")]
@@ -116,6 +136,13 @@ def main(size, root):
         llm.load(ranks)
     except ValueError as error:
         results["unseen"] = str(error)
+    tp.worker_options = tell
+    llm.load(ranks)
+    ranks.announce("nonsense")
+    try:
+        llm.generate(PROMPTS, GREEDY)
+    except ConnectionError as error:
+        results["lost"] = str(error)
     print(json.dumps(results), flush=True)
 
 
