@@ -109,15 +109,15 @@ def shape_directories(name: str | None) -> Iterator[tuple[str | None, str | None
         yield f"{root}/target", f"{root}/speculator"
 
 
-def random_weights(module: nn.Module, device: torch.device) -> nn.Module:
-    """Fill a module of the meta device on `device`: norms do nothing, the rest is normal."""
-    module.to_empty(device=device)
+def random_weights(module: nn.Module, llm: LLM) -> nn.Module:
+    """Fill a module of the meta device: norms change nothing, all else is normal."""
+    module = module.to(llm.dtype).to_empty(device=llm.device).requires_grad_(False)
     if isinstance(module, Transformer):
-        module.inv_freq = rope_frequencies(module.args).to(device)
+        module.inv_freq = rope_frequencies(module.args).to(llm.device)
         if module.args.tie_embeddings:
             module.output.weight = module.embed.weight
-    generator = torch.Generator(device).manual_seed(0)
-    for name, param in module.requires_grad_(False).named_parameters():
+    generator = torch.Generator(llm.device).manual_seed(0)
+    for name, param in module.named_parameters():
         if param.dim() > 1:
             param.normal_(0, 0.02, generator=generator)
         else:
@@ -299,7 +299,12 @@ def transformers_model(llm: LLM, tensors: dict[str, Tensor]):
     config = AutoConfig.from_pretrained(llm.directory)
     kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     model = kind.from_pretrained(None, config=config, state_dict=tensors, dtype=llm.dtype)
-    return model.to(llm.device).eval()
+    model = model.to(llm.device).eval()
+    model.load_state_dict(
+        tensors, strict=False, assign=True
+    )  # in place of copies by way of the host
+    model.tie_weights()
+    return model
 
 
 @torch.inference_mode()
@@ -404,33 +409,30 @@ class Loaded:
 
 
 def load(llm: LLM, random: bool, vs: str | None) -> Loaded:
-    start, speculator, draft = time.perf_counter(), None, Weights(0, 0)
+    """Read the weights, or make them up."""
+    start, speculator = time.perf_counter(), None
     if random:
         with torch.device("meta"):
-            target = Transformer(llm.args).to(llm.dtype)
-        target = random_weights(target, llm.device)
+            target = Transformer(llm.args)
+            if llm.k:
+                config = read_json(llm.speculator_dir / "config.json")
+                speculator = MLPSpeculator(SpeculatorArgs.from_config(config))
+        target = random_weights(target, llm)
+        speculator = speculator and random_weights(speculator, llm)
     else:
-        target = load_model(llm.directory, llm.device, llm.dtype, progress("target"))
-    if llm.k:
-        speculator = load_draft(llm, random)
-        draft = draft_weights(speculator, llm.k)
+        where = (llm.device, llm.dtype)
+        target = load_model(llm.directory, *where, progress("target"))
+        if llm.k:
+            speculator = load_speculator(llm.speculator_dir, *where, progress("speculator"))
     synchronize(llm.device)
     seconds = time.perf_counter() - start
-    weights = target_weights(target)  # packed layers have no parameters to count
     rival = transformers_model(llm, hf_tensors(target)) if vs else None
-    for module in (target, speculator):
-        if llm.packed and module is not None:
+    draft = draft_weights(speculator, llm.k) if speculator else Weights(0, 0)
+    loaded = Loaded(target, speculator, target_weights(target), draft, rival, seconds)
+    if llm.packed:  # after counting: packed layers have no parameters
+        for module in filter(None, (target, speculator)):
             pack_linears(module)
-    return Loaded(target, speculator, weights, draft, rival, seconds)
-
-
-def load_draft(llm: LLM, random: bool) -> MLPSpeculator:
-    if not random:
-        return load_speculator(llm.speculator_dir, llm.device, llm.dtype, progress("speculator"))
-    args = SpeculatorArgs.from_config(read_json(llm.speculator_dir / "config.json"))
-    with torch.device("meta"):
-        speculator = MLPSpeculator(args).to(llm.dtype)
-    return random_weights(speculator, llm.device)
+    return loaded
 
 
 def new_engines(
