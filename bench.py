@@ -503,20 +503,19 @@ def measure_case(
     runners = {m.name: partial(run_engine, llm, e, requests) for m, e in engines}
     batch, needs = engines[0][1].batch_size, step_needs(r.params for r in requests)
     if loaded.rival:
-        rival = partial(run_transformers, loaded.rival, llm, batch, requests)
-        runners["transformers"] = rival
-    runs, rows = measure_rounds(runners, bar), []
+        runners["transformers"] = partial(run_transformers, loaded.rival, llm, batch, requests)
+    runs, rows, needed = measure_rounds(runners, bar), [], []
     for mode, engine in engines:
         live = statistics.mean(run.live for run in runs[mode.name])
         draft = loaded.draft_weights if mode.nodes > 1 else Weights(0, 0)
         need = step_need(loaded.target_weights, draft, engine, mode.nodes, live, batch)
+        needed.append(need)
         rows.append(new_row(mode.name, mode.nodes, runs[mode.name], need, ceiling))
-        if mode.name == "plain" and loaded.rival:
-            rival_row = new_row("transformers", 1, runs["transformers"], need, ceiling)
         if mode.nodes > 1 and (args.split or (args.split is None and not llm.compiled)):
             parts = time_parts(engine, live, *needs)
             rows[-1]["draft_ms"], rows[-1]["verify_ms"] = parts
-    rows += [rival_row] if loaded.rival else []
+    if loaded.rival:  # needs what plain decoding does
+        rows.append(new_row("transformers", 1, runs["transformers"], needed[0], ceiling))
     compare(rows, args.shape is not None, args.assume_tokens_per_step)
     return rows
 
@@ -610,20 +609,17 @@ def draw(rows: list[dict], file: str) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    left.set(
-        xlabel="batch", ylabel="ms per step", ylim=(0, 1.1 * max(r["ms_per_step"] for r in rows))
-    )
-    projected = any("projected_speedup" in row for row in rows)
-    speed = "projected_speedup" if projected else "speedup"
-    right.set(xlabel="batch", ylabel=speed.replace("_", " "))
-    for name in dict.fromkeys((row["mode"], row["prompts"]) for row in rows):
-        line = [row for row in rows if (row["mode"], row["prompts"]) == name]
-        batches, label = [row["batch"] for row in line], f"{name[0]}, {name[1]}"
-        left.plot(batches, [row["ms_per_step"] for row in line], marker="o", label=label)
-        if all(row[speed] is not None for row in line):
-            right.plot(batches, [row[speed] for row in line], marker="o", label=label)
-    left.legend()
+    axes = figure.subplots(1, 2)
+    speed = "projected_speedup" if "projected_speedup" in rows[0] else "speedup"
+    for plot, key in zip(axes, ("ms_per_step", speed), strict=True):
+        for mode, prompts in dict.fromkeys((row["mode"], row["prompts"]) for row in rows):
+            line = [row for row in rows if (row["mode"], row["prompts"]) == (mode, prompts)]
+            line = [(row["batch"], row[key]) for row in line if row[key] is not None]
+            if line:
+                plot.plot(*zip(*line, strict=True), marker="o", label=f"{mode}, {prompts}")
+        plot.set(xlabel="batch", xticks=sorted({row["batch"] for row in rows}), ylabel=key)
+        plot.set_ylim(bottom=0)
+        plot.legend()
     figure.savefig(file, format="png", dpi=150)
 
 
