@@ -22,14 +22,15 @@ def cached_attention(
     q: Tensor, k: Tensor, v: Tensor, kv: Tensor, cached: Tensor, ancestors: Tensor, mask=None
 ) -> Tensor:
     """Attention [B, N, H, E] of q [B, N, H, E] over the first `cached` [B] slots of a contiguous
-    cache kv [2, B, K, S, E], and over the call's own k, v [B, N, K, E] where `ancestors` [N, N]
-    allows.
+    cache kv [2, B, K, S, E], and over the call's own k, v [B, N, K, E] where `ancestors` [N, N], or
+    [B, N, N] of each row, allows.
 
     The call's tokens count as slots cached .. cached + N - 1. `mask` is not needed here.
     """
     B, N, H, E = q.shape
     K, S = kv.shape[2:4]
-    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    q, k, v, ancestors = q.contiguous(), k.contiguous(), v.contiguous(), ancestors.contiguous()
+    per_row = N * N if ancestors.dim() == 3 else 0
     splits = triton.cdiv(S + N, SPLIT)
     rows = max(16, triton.next_power_of_2(N * (H // K)))  # a matrix instruction's least
     width = triton.next_power_of_2(E)
@@ -37,7 +38,8 @@ def cached_attention(
     stats = q.new_empty((B, K, splits, 2, rows), dtype=torch.float32)
     out = torch.empty_like(q)
     _attend_split[(B * K, splits)](
-        q, k, v, kv, cached, ancestors, part, stats, E**-0.5, S, kv.stride(0), splits,
+        q, k, v, kv, cached, ancestors, part, stats, E**-0.5, S, kv.stride(0), per_row,
+        splits,
         N=N, G=H // K, K=K, E=E, WIDTH=width, ROWS=rows, SPLIT=SPLIT,
     )  # fmt: skip
     _combine_splits[(B * N, H)](
@@ -49,7 +51,7 @@ def cached_attention(
 
 @triton.jit
 def _attend_split(
-    q, k, v, kv, cached, ancestors, part, stats, scale, S, value_offset, splits,
+    q, k, v, kv, cached, ancestors, part, stats, scale, S, value_offset, per_row, splits,
     N: tl.constexpr, G: tl.constexpr, K: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr,
     ROWS: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
@@ -76,9 +78,8 @@ def _attend_split(
         keys += tl.load(k + own_at, mask=from_own, other=0.0)  # [SPLIT WIDTH]
         scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
 
-        allowed = tl.load(
-            ancestors + node[:, None] * N + (slot - root)[None, :], mask=own[None, :], other=0
-        )
+        seen_at = b * per_row + node[:, None] * N + (slot - root)[None, :]
+        allowed = tl.load(ancestors + seen_at, mask=own[None, :], other=0)
         scores = tl.where(in_cache[None, :] | (allowed != 0), scores, float("-inf"))
         top = tl.max(scores, axis=1)
         # A row may see nothing in this split.
