@@ -358,7 +358,7 @@ class Engine(nn.Module):
         if self.tree:  # from here on the accepted path is a chain like any other
             path = accepted_path(candidates, sampled, parent, ancestors, depth, self.depth)
             sampled, hidden = sampled.gather(1, path), hidden.take_along_dim(path[..., None], 1)
-            new_kv = new_kv.take_along_dim(path[:, None, :, None], 4)  # [L 2 B K P E]
+            new_kv = new_kv.take_along_dim(path[None, None, :, None, :, None], 4)  # [L 2 B K P E]
             drafted = torch.where(path[:, 1:] > 0, sampled[:, :-1], -1)
 
         room = torch.where(self.done, 0, self.limit - self.length)
