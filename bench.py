@@ -357,9 +357,9 @@ def verify_alone(engine: Engine, live: int | None, noisy: bool, filtered: bool):
     kv, root = engine.kv if live is None else engine.kv[..., :live, :], engine.length - 1
     positions = root[:, None] + engine.depth
     candidates = engine.tokens.gather(1, positions)
-    hidden, new_kv = engine.model(candidates, positions, kv, root, engine.ancestors, engine.attend)
-    logits = engine.model.logits(hidden)
-    return engine.choose(logits, positions + 1, None, noisy, filtered), new_kv
+    hidden, new_kv = engine.verify(candidates, positions, kv, root, engine.ancestors)
+    logits = engine.logits(hidden)
+    return engine.choose(logits, positions + 1, None, noisy, filtered, engine.ranks), new_kv
 
 
 @torch.inference_mode()

@@ -291,8 +291,9 @@ class Transformer(nn.Module):
         """Final-norm hidden states [B, N, D] and `tokens`' keys and values [L, 2, B, K, N, E].
 
         tokens, positions: int64 [B, N]; kv: [L, 2, B, K, S, E], of which the first `cached` [B]
-        slots of each row are seen by all its tokens; ancestors: bool [N, N], True where token n
-        (row) sees token m (column) of this call. `attend` replaces `plain_attention`.
+        slots of each row are seen by all its tokens; ancestors: bool [N, N], or [B, N, N] of each
+        row, True where token n (row) sees token m (column) of this call. `attend` replaces
+        `plain_attention`.
         """
         B, S = tokens.shape[0], kv.shape[-2]
         in_cache = torch.arange(S, device=kv.device) < cached[:, None, None]  # [B 1 S]

@@ -284,6 +284,8 @@ class Ranks:
 
     def connect(self, engine) -> None:
         """Make this rank's parts of the engine's models compute what the whole would."""
+        if self.size == 1:
+            return
         join_target(engine.model, self)
         if engine.draft_ranks is not None:
             join_speculator(engine.speculator, self)
