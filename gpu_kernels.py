@@ -209,7 +209,8 @@ def _attend_split(
     b, head = bk // K, bk % K
     if PDL:
         gdc_launch_dependents()
-    root = tl.load(cached + b)  # neither this nor the cache is written by the kernel before
+        gdc_wait()
+    root = tl.load(cached + b)
     slot = split * SPLIT + tl.arange(0, SPLIT)
     if split * SPLIT < root + N:
         row, e = tl.arange(0, ROWS), tl.arange(0, WIDTH)
@@ -219,8 +220,6 @@ def _attend_split(
         cache_at = kv + (bk * S + slot).to(tl.int64)[:, None] * E + e[None, :]
         keys = tl.load(cache_at, mask=in_cache & in_head, other=0.0)  # [SPLIT WIDTH]
         values = tl.load(cache_at + value_offset, mask=in_cache & in_head, other=0.0)
-        if PDL:
-            gdc_wait()
         node = row % N
         q_at = qkv + ((b * N + node) * width + (head * G + row // N) * E)[:, None] + e[None, :]
         queries = tl.load(q_at, mask=(row < N * G)[:, None] & in_head, other=0.0)  # [ROWS WIDTH]
@@ -253,10 +252,10 @@ def _combine_splits(
     b, e = bn // N, tl.arange(0, WIDTH)
     row = (query_head % G) * N + bn % N
     here = (b * K + query_head // G) * splits
-    live = (tl.load(cached + b) + N + SPLIT - 1) // SPLIT
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
+    live = (tl.load(cached + b) + N + SPLIT - 1) // SPLIT
     every = tl.arange(0, SPLITS)
     of_all = stats + (here + every) * 2 * ROWS + row
     tops = tl.load(of_all, mask=every < live, other=float("-inf"))
@@ -375,33 +374,6 @@ def _(x, w, bias, residual, norm):
     return torch.empty_like(residual), torch.empty_like(residual), squares
 
 
-@torch.library.custom_op("fastspec::new_kv", mutates_args=())
-def new_kv(qkv: list[Tensor], first: int, shape: list[int]) -> Tensor:
-    """Keys and values [L, 2, B, K, N, E] out of every layer's projections [M, R], from column
-    `first` on. One kernel, where a compiled stack would be one a layer."""
-    B, K, N, E = shape
-    stacked = torch.stack([x[:, first:] for x in qkv])  # [L M 2*K*E]
-    return stacked.view(-1, B, N, 2, K, E).permute(0, 3, 1, 4, 2, 5)
-
-
-@new_kv.register_fake
-def _(qkv, first, shape):
-    B, K, N, E = shape
-    return qkv[0].new_empty(len(qkv), B, N, 2, K, E).permute(0, 3, 1, 4, 2, 5)
-
-
-@torch.library.custom_op("fastspec::computed", mutates_args=())
-def computed(x: Tensor) -> Tensor:
-    """A copy. Else a compiler computes so small a thing anew for each of its users, between
-    kernels that should follow each other."""
-    return x.clone()
-
-
-@computed.register_fake
-def _(x):
-    return torch.empty_like(x)
-
-
 def fits(args, tokens: int) -> bool:
     """Whether `forward` takes a model of these args and so many tokens."""
     sizes = (args.dim, args.ffn_dim, args.head_dim)
@@ -430,8 +402,7 @@ def forward(
     x = model.embed(tokens).flatten(0, 1)  # [M D]
     weighted, squares = x * norms[0], x.float().square().sum(-1)[None]
     angles = positions.reshape(-1, 1) * model.inv_freq
-    cos, sin, cached = computed(angles.cos()), computed(angles.sin()), computed(cached)
-    projections = []
+    cos, sin, new_kv = angles.cos(), angles.sin(), []  # [M E/2]
     for i, (layer, layer_kv) in enumerate(zip(model.layers, kv.unbind(), strict=True)):
         wqkv, wo, w13, w2 = layer.attention.wqkv, layer.attention.wo, layer.mlp.w13, layer.mlp.w2
         qkv = qkv_linear(weighted, squares, eps, wqkv.weight, wqkv.bias, cos, sin, turned)
@@ -439,11 +410,11 @@ def forward(
         x, weighted, squares = add(y, wo, x, norms[2 * i + 1])
         z = gated_linear(weighted, squares, eps, w13.weight, w13.bias)
         x, weighted, squares = add(z, w2, x, norms[2 * i + 2])
-        projections.append(qkv)
+        new_kv.append(qkv.view(B, N, -1, args.head_dim)[:, :, args.n_heads :])
     scale = torch.rsqrt(squares.sum(0) / args.dim + eps)[:, None]
     hidden = (weighted * scale).to(x.dtype).view(B, N, -1)
-    first = args.n_heads * args.head_dim
-    return hidden, new_kv(projections, first, [B, args.n_kv_heads, N, args.head_dim])
+    new_kv = torch.stack(new_kv).unflatten(3, (2, -1))  # [L B N 2 K E]
+    return hidden, new_kv.permute(0, 3, 1, 4, 2, 5)
 
 
 def few_rows(x: Tensor, w: Tensor, dtype: torch.dtype, row_scale: Tensor | None = None) -> Tensor:
