@@ -2,11 +2,27 @@
 
 import pytest
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 
-from model import plain_attention
+from fastspec import kept_tokens, noise
+from model import ModelArgs, Transformer, kv_cache_shape, plain_attention
+from speculator import LEAST, MLPSpeculator, SpeculatorArgs
+from speculator import top_children as plain_top_children
 
 pytest.importorskip("triton", reason="there is no triton for this platform")
-from gpu_kernels import SPLIT, cached_attention
+from gpu_kernels import (
+    BLOCK,
+    SPLIT,
+    cached_attention,
+    choose,
+    counters,
+    fits,
+    forward,
+    replace_linears,
+    small,
+    top_children,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -75,3 +91,130 @@ def test_key_counts_the_same_in_the_cache_and_among_the_own_tokens():
         )
         assert torch.equal(alone[:, 0], together[:, n])
         kv[0, :, :, start + n], kv[1, :, :, start + n] = k[:, n], v[:, n]
+
+
+def random(*shape, scale=1.0):
+    return torch.randn(shape, device=DEVICE) * scale
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.parametrize(
+    ("M", "R", "C"),
+    [(1, 64, 128), (5, 192, 256), (25, 128, 128), (3, 100, 192)],  # the last: masked tiles
+)
+def test_small_product_equals_plain(M, R, C, splits):
+    """With everything that is fused into it. float32 sums in another order."""
+    torch.manual_seed(0)
+    x, w, bias, residual, norm = (random(*s) for s in ((M, C), (R, C), (R,), (M, R), (R,)))
+    squares = (x * x).view(M, 4, -1).sum(-1).T.contiguous()
+    tile = {"DEEP": 64, "SPLITS": splits, "num_stages": 2, "num_warps": 4}
+    normed = x * torch.rsqrt((x * x).mean(-1, keepdim=True) + 1e-5)
+    y = F.linear(normed, w, bias) + residual
+    out, weighted, sums = small(
+        x, w, bias=bias, squares=squares, eps=1e-5, residual=residual, norm=norm, tile=tile
+    )
+    close = {"rtol": 1e-4, "atol": 1e-4}
+    torch.testing.assert_close(out, y, **close)
+    torch.testing.assert_close(weighted, y * norm, **close)
+    torch.testing.assert_close(sums.sum(0), (y * y).sum(-1), **close)
+    gate, up = F.linear(normed, w, bias).chunk(2, dim=-1)
+    out, *_ = small(x, w, bias=bias, squares=squares, eps=1e-5, gated=True, tile=tile)
+    torch.testing.assert_close(out, F.silu(gate) * up, **close)
+    assert not counters(x.device).any()  # as the next kernel expects
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("total", [None, lambda y: y])
+def test_forward_equals_the_transformer(bias, total):
+    """Rope inside the products, norms across them; trees of each row's own. float32."""
+    torch.manual_seed(0)
+    args = ModelArgs(128, 2, 4, 2, 64, 64, 50, attention_bias=bias, mlp_bias=bias)
+    model = Transformer(args).to(DEVICE)
+    model.inv_freq = model.inv_freq.to(DEVICE)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    B, N, S = 2, 3, 80
+    tokens, cached = torch.randint(0, 50, (B, N)).to(DEVICE), torch.tensor([70, 5]).to(DEVICE)
+    kv = random(*kv_cache_shape(args, B, S))
+    ancestors = torch.ones(N, N, dtype=torch.bool).tril().expand(B, -1, -1).clone()
+    ancestors[1, 2, 1] = False
+    inputs = tokens, cached[:, None] + torch.arange(N).to(DEVICE), kv, cached, ancestors.to(DEVICE)
+    assert fits(args, B * N)
+    with torch.inference_mode():
+        for ours, plain in zip(forward(model, *inputs, total), model(*inputs), strict=True):
+            torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_what_forward_does_not_take():
+    llama = {"dim": 64, "n_layers": 1, "n_heads": 1, "n_kv_heads": 1, "head_dim": 64}
+    llama |= {"ffn_dim": 64, "vocab_size": 9}
+    assert fits(ModelArgs(**llama), 32) and not fits(ModelArgs(**llama), 33)
+    for other in ({"head_dim": 80}, {"ffn_dim": 100}, {"activation": "gelu"}, {"layer_norm": True}):
+        assert not fits(ModelArgs(**llama | other), 1)
+
+
+def test_a_speculator_in_8_bits_drafts_nearly_the_same():
+    """A weight's error is at most half of its row's largest / 127: 3e-3 of that, times the root of
+    the 64 summed, beside logits of about sqrt(64) times a weight."""
+    torch.manual_seed(0)
+    args = SpeculatorArgs(64, 64, 2, 200)
+    plain, exact, rough = (MLPSpeculator(args).to(DEVICE) for _ in range(3))
+    for copy in (exact, rough):
+        copy.load_state_dict(plain.state_dict())
+    replace_linears(exact, False), replace_linears(rough, True)
+    assert {m.weight.dtype for m in rough.head} == {torch.int8}
+    state, token = random(3, 64), torch.tensor([5, 0, 199]).to(DEVICE)
+    with torch.inference_mode():
+        _, logits = plain.step(0, state, token)
+        torch.testing.assert_close(exact.step(0, state, token)[1], logits, rtol=1e-4, atol=1e-5)
+        error = rough.step(0, state, token)[1] - logits
+        assert 0 < error.norm() / logits.norm() < 0.02
+        many = random(40, 64)  # more rows than a small product takes
+        parts = torch.cat([rough.head[0](part) for part in many.split(20)])
+        torch.testing.assert_close(rough.head[0](many), parts, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("spread", [1.0, 4.0])
+def test_choices_are_those_of_the_plain_sampling(spread):
+    """Two blocks of tokens; every filter by itself, together, and none. The noise of the two may
+    differ by 1e-6, the thresholds by what sums in another order do: no choice is so close."""
+    torch.manual_seed(0)
+    B, n, V = 4, 2, BLOCK + 100
+    logits = random(B, n, V, scale=spread)
+    T = torch.tensor([0.8, 1.0, 5.0, 0.0], device=DEVICE)
+    seed = torch.tensor([5, 2**61 + 3, 7, 0], device=DEVICE)
+    position = torch.randint(0, 5000, (B, n), device=DEVICE)
+    top_k = torch.tensor([0, 50, 7, 3], device=DEVICE)
+    top_p = torch.tensor([0.9, 1.0, 0.95, 0.5], device=DEVICE)
+    min_p = torch.tensor([0.0, 0.02, 0.0, 0.0], device=DEVICE)
+    noisy = logits + T[:, None, None] * noise(seed, position, torch.arange(V, device=DEVICE))
+    keep = kept_tokens(logits, T, top_k, top_p, min_p)
+    none = (None,) * 5
+    assert torch.equal(choose(logits, None, None, *none), logits.argmax(-1))
+    filters = top_k, top_p, min_p
+    assert torch.equal(choose(logits, None, position, T, seed, *none[:3]), noisy.argmax(-1))
+    assert torch.equal(
+        choose(logits, None, position, T, seed, *filters),
+        torch.where(keep, noisy, -torch.inf).argmax(-1),
+    )
+    ids = torch.arange(V, device=DEVICE) * 3  # of a draft vocabulary
+    noisy = logits + T[:, None, None] * noise(seed, position, ids)
+    assert torch.equal(choose(logits, ids, position, T, seed, *none[:3]), noisy.argmax(-1))
+    assert not counters(logits.device).any()
+
+
+def test_equal_logits_choose_the_first():
+    logits = torch.zeros(1, 1, BLOCK + 9, device=DEVICE)
+    logits[..., [7, BLOCK + 3]] = 1.0
+    assert choose(logits, None, None, *(None,) * 5).item() == 7
+
+
+@pytest.mark.parametrize("k", [1, 3, 8])
+def test_top_children_equal_plain(k):
+    """Rounded scores: many are equal, within a block and across two."""
+    torch.manual_seed(0)
+    scores = random(2, 2, BLOCK + 50).round(decimals=1)
+    columns, gains = top_children(scores, k, LEAST)
+    expected, plain_gains = plain_top_children(scores, k)
+    assert torch.equal(columns, expected)
+    torch.testing.assert_close(gains, plain_gains, rtol=1e-5, atol=1e-5)
