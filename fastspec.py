@@ -521,18 +521,18 @@ class Engine(nn.Module):
         return buffer, event
 
     def wait(self, packet: Packet) -> list[list[int]]:
-        """The rows of a packet, once it has arrived."""
+        """The columns of a packet, once it has arrived: few lists, however many rows."""
         buffer, event = packet
         if event is not None:
             event.synchronize()
             self.packets.append(packet)
-        return buffer.tolist()
+        return buffer.T.tolist()
 
 
 # --- the host loop -----------------------------------------------------------------------------
 
 
-@dataclass
+@dataclass(slots=True)
 class Progress:
     """What one step gave one request."""
 
@@ -558,8 +558,10 @@ def decode_loop(
     noisy, filtered = needs or step_needs(r.params for r in requests)
     queue, free = enumerate(requests), list(range(engine.batch_size))
     running: dict[int, tuple[int, float]] = {}  # row -> (request, start)
-    in_flight: deque[tuple[Packet, list[int]]] = deque()
-    worth_it = max(engine.batch_size // 16, 1)  # free rows: a wide batch refills several at once
+    in_flight: deque[tuple[Packet, list[tuple[int, tuple[int, float]]]]] = deque()
+    # Free rows to wait for: an eager prefill costs about three steps, whatever its rows, and a
+    # wide batch that refills an eighth at once pays it seldom, for few idle rows.
+    worth_it = max(engine.batch_size // 8, 1)
     engine.busy = True
     try:
         engine.warm_up(noisy, filtered)
@@ -572,17 +574,18 @@ def decode_loop(
                 start = time.perf_counter()
                 running |= {row: (n, start) for row, n in zip(rows, numbers, strict=True)}
                 engine.prefill(rows, numbers, new)
-            in_flight.append((engine.step(noisy, filtered), list(running)))
+            in_flight.append((engine.step(noisy, filtered), list(running.items())))
             if len(in_flight) <= engine.ahead:
                 continue
             packet, rows = in_flight.popleft()
-            results = engine.wait(packet)
-            for row in rows:
-                number, emitted, accepted, done, *tokens = results[row]
-                if row not in running or running[row][0] != number:
+            _, emitted, accepted, ended, *tokens = engine.wait(packet)
+            now = time.perf_counter()
+            for row, of in rows:
+                if running.get(row) is not of:
                     continue
-                since = time.perf_counter() - running[row][1]
-                progress = Progress(number, tokens[:emitted], accepted, bool(done), since)
+                (number, start), done = of, bool(ended[row])
+                new = [column[row] for column in tokens[: emitted[row]]]
+                progress = Progress(number, new, accepted[row], done, now - start)
                 yield progress
                 if progress.cancel and not done:
                     engine.stop_row(row)

@@ -19,7 +19,7 @@ import os
 import random
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,7 +49,9 @@ from speculator import MLPSpeculator, SpeculatorArgs, load_speculator
 HELD_OUT = 50  # every 50th prompt is for evaluation only
 MAX_PROMPT = 512  # tokens; longer ones are left out
 FORWARD_TOKENS = 32768  # that the frozen target computes together
-TEMPERATURES = (0.0, 0.8)  # of a prompt's answers, in turn: what speculators meet in use
+TEMPERATURES = (0.8, 1.0)  # in turn, of a prompt's answers after the first, which is greedy
+OWN_TOKENS = 96  # of a prompt that the target writes; a longer one is dropped
+COMPLETE = "Complete the following code.\n\n"
 
 
 def read_prompts(files: list[str]) -> list[list[dict]]:
@@ -95,29 +97,34 @@ class Text:
     def ids(self) -> list[int]:
         return self.prompt + self.answer
 
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.answer)
+
 
 def write_text(llm: LLM, requests: list[Request], file: Path, most: float = math.inf) -> list[Text]:
     """Let the target answer all requests, until there are `most` tokens; what `file` holds of
     them from an earlier run is not done again."""
     done = read_text(file, len(requests))
-    total = sum(len(answer) for answer in done.values())
+    total = sum(map(len, done.values()))
     todo = [i for i in range(len(requests)) if i not in done]
-    running: dict[int, list[int]] = {}
 
     def taken() -> Iterator[Request]:
         for i in todo:
             if total >= most:
                 return
+            running.append([])
             yield requests[i]
 
     needs = (any(r.params.temperature > 0 for r in requests), False)
-    bar = tqdm(total=len(requests), initial=len(done), desc="text", unit="answer", disable=None)
+    running: list[list[int]] = []
+    bar = tqdm(total=len(requests), initial=len(done), desc=file.stem, unit="row", disable=None)
     with open(file, "a") as out:
         steps = decode_loop(llm.engine, taken(), needs) if todo else ()  # else nothing to compile
         for progress in steps:
-            running.setdefault(progress.request, []).extend(progress.tokens)
+            answer = running[progress.request]
+            answer += progress.tokens
             if progress.done:
-                number, answer = todo[progress.request], running.pop(progress.request)
+                number = todo[progress.request]
                 out.write(json.dumps([number, answer]) + "\n")
                 done[number] = answer
                 total += len(answer)
@@ -144,23 +151,77 @@ def read_text(file: Path, count: int) -> dict[int, list[int]]:
 
 
 def make_requests(
-    llm: LLM, prompts: list, args: argparse.Namespace, answers: int = 0, temperatures=TEMPERATURES
+    llm: LLM, prompts: list, args: argparse.Namespace, temperatures: Sequence[float]
 ) -> list[Request]:
-    """`answers` requests per prompt, at the temperatures in turn; long prompts are left out."""
-    requests, answers = [], answers or args.answers
+    """A request per prompt and temperature; long prompts are left out."""
+    requests = []
     for i, messages in enumerate(prompts):
         ids = llm.tokenizer.encode(llm.tokenizer.apply_chat_template(messages), False)
-        room = llm.max_seq_len - len(ids)
-        for j in range(answers if room > 0 and len(ids) <= MAX_PROMPT else 0):
+        for j, temperature in enumerate(temperatures if len(ids) <= MAX_PROMPT else ()):
             params = SamplingParams(
-                temperature=temperatures[j % len(temperatures)],
-                max_tokens=min(args.max_new_tokens, room),
-                seed=args.seed + i * answers + j,
+                temperature=temperature,
+                max_tokens=args.max_new_tokens,
+                seed=args.seed + i * len(temperatures) + j,
             )
             requests.append(llm.request(ids, params, f"prompt {i}"))
-    if not requests:
+    if prompts and not requests:
         raise ValueError(f"every prompt has more than {MAX_PROMPT} tokens")
     return requests
+
+
+def user_turn(text: str) -> list[dict]:
+    return [{"role": "user", "content": text}]
+
+
+def own_prompts(llm: LLM, args: argparse.Namespace, file: Path) -> list[list[dict]]:
+    """Prompts that the target writes itself: what it puts where its template has a user's text."""
+    mark = "the user's text"
+    opening, found, _ = llm.tokenizer.apply_chat_template(user_turn(mark)).partition(mark)
+    if not found:
+        raise ValueError("--own-prompts: the chat template does not show the user's text as it is")
+    ids, first = llm.tokenizer.encode(opening, False), args.rank * args.own_prompts
+    params = [
+        SamplingParams(temperature=1.0, max_tokens=OWN_TOKENS, seed=args.seed + first + i)
+        for i in range(args.own_prompts // args.world)
+    ]
+    texts = write_text(llm, [llm.request(ids, p, "the opening") for p in params], file)
+    ended = [text.answer[:-1] for text in texts if text.answer[-1] in llm.end_ids]
+    written = dict.fromkeys(llm.tokenizer.decode(ids).strip() for ids in ended)
+    return [user_turn(text) for text in written if text]
+
+
+def code_prompts(llm: LLM, texts: list[Text]) -> list[list[dict]]:
+    """The first half of the first code block of each of these answers, to be completed."""
+    found = {}
+    for text in texts:
+        _, fence, code = llm.tokenizer.decode(text.answer).partition("```")
+        lines = code.partition("```")[0].splitlines()[1:]  # the first line names the language
+        if fence and len(lines) >= 4:
+            found["\n".join(lines[: len(lines) // 2])] = None
+    return [user_turn(COMPLETE + half) for half in found]
+
+
+def training_text(llm: LLM, prompts: list, args: argparse.Namespace) -> list[Text]:
+    """Answers to the given prompts, then to those that the target itself supplies: no prompt of
+    these is met twice, so they keep the text varied however much there is of it."""
+
+    def file(name: str) -> Path:
+        return args.output / f"{name}-{args.rank}-of-{args.world}.jsonl"
+
+    most = (args.tokens or math.inf) / args.world
+    temperatures = [0.0, *(TEMPERATURES[j % 2] for j in range(args.answers - 1))]
+    mine = make_requests(llm, prompts, args, temperatures)[args.rank :: args.world]
+    texts = write_text(llm, mine, file("text"), most)
+    if args.own_prompts:
+        more = own_prompts(llm, args, file("own-prompts")) + code_prompts(llm, texts)
+        random.Random(args.seed).shuffle(more)
+        half = len(more) // 2
+        requests = make_requests(llm, more[:half], args, [0.0])
+        requests += make_requests(llm, more[half:], args, [TEMPERATURES[0]])
+        random.Random(args.seed).shuffle(requests)
+        most -= sum(len(text.answer) for text in texts)
+        texts += write_text(llm, requests, file("own-text"), most)
+    return texts
 
 
 # --- hidden states -----------------------------------------------------------------------------
@@ -188,25 +249,27 @@ class States:
 def hidden_states(target: Transformer, texts: list[Text]) -> States:
     """Run the frozen target over these texts, FORWARD_TOKENS at a time."""
     device = target.embed.weight.device
-    found: list[tuple[Tensor, Tensor]] = []
-    lengths: list[int] = []
-    todo = sorted(texts, key=lambda text: len(text.ids))  # little padding
+    todo = sorted(texts, key=lambda text: -len(text))  # little padding
+    sizes = torch.tensor([len(text.answer) for text in todo], device=device)
+    end = sizes.cumsum(0).repeat_interleave(sizes)
+    # Filled in place: parts that are joined at the end would take twice the memory.
+    states, at = (
+        States(target.embed.weight.new_empty(len(end), target.args.dim), end.clone(), end),
+        0,
+    )
     while todo:
-        rows = max(1, FORWARD_TOKENS // len(todo[-1].ids))
-        batch, todo = todo[-rows:], todo[:-rows]
-        C = len(batch[-1].ids)
-        tokens = torch.tensor([t.ids + [0] * (C - len(t.ids)) for t in batch]).to(device)  # [B C]
+        C = len(todo[0])
+        batch, todo = todo[: (rows := max(1, FORWARD_TOKENS // C))], todo[rows:]
+        tokens = torch.tensor([t.ids + [0] * (C - len(t)) for t in batch]).to(device)  # [B C]
         kv = target.embed.weight.new_zeros(kv_cache_shape(target.args, len(batch), 0))
         positions = torch.arange(C, device=device).expand(len(batch), -1)
         causal = torch.ones(C, C, dtype=torch.bool, device=device).tril()
         hidden, _ = target(tokens, positions, kv, torch.zeros_like(positions[:, 0]), causal)
-        first, stop = torch.tensor([[len(t.prompt), len(t.ids)] for t in batch]).to(device).T
+        first, stop = torch.tensor([[len(t.prompt), len(t)] for t in batch]).to(device).T
         chosen = (positions >= first[:, None]) & (positions < stop[:, None])  # answer tokens
-        found.append((hidden[:, :-1][chosen[:, 1:]], tokens[chosen]))
-        lengths += [len(t.answer) for t in batch]
-    sizes = torch.tensor(lengths, device=device)
-    hidden, token = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return States(hidden, token, sizes.cumsum(0).repeat_interleave(sizes))
+        there = slice(at, at := at + sum(len(t.answer) for t in batch))
+        states.hidden[there], states.token[there] = hidden[:, :-1][chosen[:, 1:]], tokens[chosen]
+    return states
 
 
 # --- loss --------------------------------------------------------------------------------------
@@ -328,6 +391,7 @@ def train(
         if step < start:
             continue
         if block != loaded:
+            states = None  # frees the block before
             states, loaded = hidden_states(target, blocks[block]), block
             index = torch.arange(len(states.end), device=device)
             starts = index[index + 1 < states.end]  # a last token has none to draft after it
@@ -356,10 +420,11 @@ def train(
 
 
 def block_size(target: Transformer) -> int:
-    """Positions whose hidden states take a quarter of the free GPU memory, or 2 GB on a CPU."""
+    """Positions whose hidden states take 60 % of the free GPU memory (more than one block is
+    computed again in every epoch), or 2 GB on a CPU."""
     weight = target.embed.weight
-    room = torch.cuda.mem_get_info(weight.device)[0] // 4 if weight.is_cuda else 2 * 10**9
-    return room // (target.args.dim * weight.dtype.itemsize)
+    room = torch.cuda.mem_get_info(weight.device)[0] * 0.6 if weight.is_cuda else 2e9
+    return int(room / (target.args.dim * weight.dtype.itemsize + 32))  # and four integers
 
 
 def save_state(args: argparse.Namespace, speculator, optimizer, step: int) -> None:
@@ -477,7 +542,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--tie-weights", action=flag, default=True, help="one set of weights for all heads")
     add("--scale-input", action=flag, default=True, help="normalise the target's hidden state")
     add("--draft-vocab-size", type=int, help="draft only so many, the most frequent, tokens")
-    add("--answers", type=int, default=2, help="per prompt: greedy, T = 0.8, greedy, ... (2)")
+    add("--answers", type=int, default=2, help="per prompt: greedy, T = 0.8, 1, 0.8, ... (2)")
+    add("--own-prompts", type=int, default=0, help="that the target writes and answers, too (0)")
     add("--max-new-tokens", type=int, default=256, help="tokens per answer (256)")
     add("--tokens", type=int, help="stop writing text there; unset: all prompts are answered")
     add("--rows", type=int, default=64, help="answers written together (64)")
@@ -533,15 +599,12 @@ def run(args: argparse.Namespace) -> None:
     )
     if llm.tokenizer is None or llm.tokenizer.chat_template is None:
         raise ValueError(f"{directory}: no chat template; put a chat_template.jinja there")
-    requests = make_requests(llm, prompts, args)
-    held_out = make_requests(llm, sets["held-out"], args, answers=1)
+    held_out = make_requests(llm, sets["held-out"], args, [0.0])
     keep_settings(args, prompts)
     if args.world > 1:
         torch.distributed.init_process_group("nccl" if llm.device.type == "cuda" else "gloo")
     llm.load()
-    mine = requests[args.rank :: args.world]
-    file = args.output / f"text-{args.rank}-of-{args.world}.jsonl"
-    texts = write_text(llm, mine, file, (args.tokens or math.inf) / args.world)
+    texts = training_text(llm, prompts, args)
     held_out_texts = write_text(llm, held_out, args.output / f"held-out-{args.rank}.jsonl")
     print(f"train: {sum(len(t.answer) for t in texts)} tokens of text", file=sys.stderr)
 
@@ -562,7 +625,7 @@ def run(args: argparse.Namespace) -> None:
 
 def check_options(args: argparse.Namespace) -> None:
     least_one = ("n_predict", "answers", "max_new_tokens", "rows", "steps", "batch_size")
-    for name in (*least_one, "inner_dim", "seed", "learning_rate"):
+    for name in (*least_one, "own_prompts", "inner_dim", "seed", "learning_rate"):
         value, least = getattr(args, name), int(name in least_one)
         if value < least:
             option = "--" + name.replace("_", "-")
@@ -593,7 +656,7 @@ def report(args: argparse.Namespace, llm: LLM, target: Transformer, sets: dict) 
     print("prompts          T  answers  tokens per step  repetition  accepted per head")
     for name, prompts in sets.items():
         for temperature in (0.0, 1.0):
-            requests = make_requests(llm, prompts, args, 1, (temperature,))
+            requests = make_requests(llm, prompts, args, [temperature])
             row = evaluate(target, speculator, requests)
             rows.append({"prompts": name, "temperature": temperature} | row)
             heads = "  ".join(f"{share:.3f}" for share in row["accepted_per_head"])
