@@ -1115,6 +1115,8 @@ def progress(what: str):
 # --- command line ------------------------------------------------------------------------------
 
 DEFAULT_PROMPT = "What is gravity?"
+DEMO = "HuggingFaceTB/SmolLM2-135M-Instruct"  # what the demo checkpoint is called on the hub
+BUNDLED = Path(__file__).parent / "speculators" / "SmolLM2-135M-Instruct"  # its speculator
 
 # The published accelerators by the name of their repository (whose owner has changed), and the
 # target each was trained for: several configs do not say it.
@@ -1134,12 +1136,12 @@ TARGETS = {
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="fastspec.py",
-        description="Generate text with an MLP speculator. Without arguments: the demo model.",
+        description="Generate text with an MLP speculator. Without a model: the demo and its own.",
     )
     add, flag = parser.add_argument, argparse.BooleanOptionalAction
     add("--checkpoint", help="target model: directory or hub id; unset: the speculator's, or demo")
     add("--revision", help="revision of a target from the hub")
-    add("--speculator", help="MLP speculator: directory or hub id; none: plain decoding")
+    add("--speculator", help="directory or hub id; unset: the demo's, or none for a --checkpoint")
     add("--speculator-revision", help="revision of a speculator from the hub")
     add("--num-draft-tokens", type=int, help="tokens drafted per step; 0: none; unset: all heads")
     add("--prompt", nargs="+", help="one or more texts; with --interactive the first turns")
@@ -1160,7 +1162,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--compile", action=flag, help="unset: on a GPU")
     add("--chat", action=flag, help="use the chat template; unset: where there is one")
     add("--profile", metavar="FILE", help="write a Chrome trace of the generation")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if not args.checkpoint and not args.speculator and BUNDLED.is_dir():
+        args.speculator = os.path.relpath(BUNDLED)
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -1247,9 +1252,11 @@ def llm_without_weights(args: argparse.Namespace) -> LLM:
         speculative = {"model": args.speculator, "revision": args.speculator_revision}
         speculative["num_speculative_tokens"] = args.num_draft_tokens
         target = target or target_of(args.speculator, args.speculator_revision)
+    if target in (None, DEMO):
+        target = demo_checkpoint()
     rows = 8 if args.prompts else 1 if args.interactive else min(len(args.prompt or [""]), 8)
     return LLM(
-        target or demo_checkpoint(),
+        target,
         speculative,
         dtype=args.dtype,
         device=args.device,

@@ -173,18 +173,20 @@ def user_turn(text: str) -> list[dict]:
     return [{"role": "user", "content": text}]
 
 
-def own_prompts(llm: LLM, args: argparse.Namespace, file: Path) -> list[list[dict]]:
-    """Prompts that the target writes itself: what it puts where its template has a user's text."""
+def own_requests(llm: LLM, args: argparse.Namespace) -> list[Request]:
+    """What lets the target write prompts: the chat template up to where a user's text begins."""
     mark = "the user's text"
     opening, found, _ = llm.tokenizer.apply_chat_template(user_turn(mark)).partition(mark)
-    if not found:
+    if args.own_prompts and not found:
         raise ValueError("--own-prompts: the chat template does not show the user's text as it is")
-    ids, first = llm.tokenizer.encode(opening, False), args.rank * args.own_prompts
-    params = [
-        SamplingParams(temperature=1.0, max_tokens=OWN_TOKENS, seed=args.seed + first + i)
-        for i in range(args.own_prompts // args.world)
-    ]
-    texts = write_text(llm, [llm.request(ids, p, "the opening") for p in params], file)
+    ids = llm.tokenizer.encode(opening, False)
+    seeds = range(args.seed, args.seed + args.own_prompts)[args.rank :: args.world]
+    params = [SamplingParams(temperature=1.0, max_tokens=OWN_TOKENS, seed=seed) for seed in seeds]
+    return [llm.request(ids, p, "the opening of a chat") for p in params]
+
+
+def own_prompts(llm: LLM, texts: list[Text]) -> list[list[dict]]:
+    """The prompts that came out, each once."""
     ended = [text.answer[:-1] for text in texts if text.answer[-1] in llm.end_ids]
     written = dict.fromkeys(llm.tokenizer.decode(ids).strip() for ids in ended)
     return [user_turn(text) for text in written if text]
@@ -201,26 +203,25 @@ def code_prompts(llm: LLM, texts: list[Text]) -> list[list[dict]]:
     return [user_turn(COMPLETE + half) for half in found]
 
 
-def training_text(llm: LLM, prompts: list, args: argparse.Namespace) -> list[Text]:
-    """Answers to the given prompts, then to those that the target itself supplies: no prompt of
-    these is met twice, so they keep the text varied however much there is of it."""
+def training_text(
+    llm: LLM, given: list[Request], own: list[Request], args: argparse.Namespace
+) -> list[Text]:
+    """Answers to the given prompts, then, half greedily, to those that the target supplies: these
+    are met once each, so that there is new greedy text however much is asked for."""
 
-    def file(name: str) -> Path:
-        return args.output / f"{name}-{args.rank}-of-{args.world}.jsonl"
+    def write(name: str, requests: list[Request], most: float = math.inf) -> list[Text]:
+        file = args.output / f"{name}-{args.rank}-of-{args.world}.jsonl"
+        return write_text(llm, requests, file, most)
 
     most = (args.tokens or math.inf) / args.world
-    temperatures = [0.0, *(TEMPERATURES[j % 2] for j in range(args.answers - 1))]
-    mine = make_requests(llm, prompts, args, temperatures)[args.rank :: args.world]
-    texts = write_text(llm, mine, file("text"), most)
-    if args.own_prompts:
-        more = own_prompts(llm, args, file("own-prompts")) + code_prompts(llm, texts)
-        random.Random(args.seed).shuffle(more)
-        half = len(more) // 2
-        requests = make_requests(llm, more[:half], args, [0.0])
-        requests += make_requests(llm, more[half:], args, [TEMPERATURES[0]])
+    texts = write("text", given, most)
+    if own:
+        prompts = own_prompts(llm, write("own-prompts", own)) + code_prompts(llm, texts)
+        random.Random(args.seed).shuffle(prompts)
+        requests = make_requests(llm, prompts[::2], args, [0.0])
+        requests += make_requests(llm, prompts[1::2], args, [TEMPERATURES[0]])
         random.Random(args.seed).shuffle(requests)
-        most -= sum(len(text.answer) for text in texts)
-        texts += write_text(llm, requests, file("own-text"), most)
+        texts += write("own-text", requests, most - sum(len(text.answer) for text in texts))
     return texts
 
 
@@ -480,12 +481,15 @@ def repeated(answer: list[int], n: int = 8) -> int:
 # --- files -------------------------------------------------------------------------------------
 
 
+SHARD = 2**24 - 2**14  # bytes of tensors in a file: with its header it stays below 16 MiB
+
+
 def speculator_config(args: argparse.Namespace, target: ModelArgs) -> dict:
     """config.json of the speculator, as the published ones have it."""
     config = {
         "architectures": ["MLPSpeculatorPreTrainedModel"],
         "model_type": "mlp_speculator",
-        "base_model_name_or_path": args.checkpoint,
+        "base_model_name_or_path": args.base_model or args.checkpoint,
         "emb_dim": target.dim,
         "inner_dim": args.inner_dim or target.dim,
         "n_predict": args.n_predict,
@@ -500,12 +504,29 @@ def speculator_config(args: argparse.Namespace, target: ModelArgs) -> dict:
 
 
 def save_speculator(speculator: MLPSpeculator, config: dict, directory: Path) -> None:
-    """config.json and model.safetensors with the published names; tied tensors once."""
+    """config.json and the weights with the published names, tied tensors once, in files of at most
+    SHARD bytes where no tensor is larger."""
     tensors = {f"speculator.{k}": p.detach().half() for k, p in speculator.named_parameters()}
     if speculator.draft_ids is not None:
         tensors["draft_ids"] = speculator.draft_ids.int()
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    shards, room = [], 0
+    for name, tensor in tensors.items():
+        size = tensor.nbytes
+        if size > room:
+            shards, room = [*shards, {}], SHARD
+        shards[-1][name] = tensor.cpu().contiguous()
+        room -= size
+    for old in directory.glob("model*.safetensors*"):
+        old.unlink()
+    index = {}
+    for number, shard in enumerate(shards, 1):
+        part = f"-{number:05}-of-{len(shards):05}" if len(shards) > 1 else ""
+        save_file(shard, directory / f"model{part}.safetensors", metadata={"format": "pt"})
+        index |= dict.fromkeys(shard, f"model{part}.safetensors")
+    if len(shards) > 1:
+        total = {"total_size": sum(tensor.nbytes for tensor in tensors.values())}
+        text = json.dumps({"metadata": total, "weight_map": index}, indent=2)
+        (directory / "model.safetensors.index.json").write_text(text + "\n")
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
@@ -534,6 +555,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="train.py", description=__doc__.splitlines()[0])
     add, flag = parser.add_argument, argparse.BooleanOptionalAction
     add("--checkpoint", required=True, help="target model: directory or hub id")
+    add("--base-model", help="what config.json calls the target; unset: --checkpoint as given")
     add("--prompts", nargs="+", required=True, help='JSON lines of {"prompt"} or {"messages"}')
     add("--eval-prompts", nargs="+", help="measured too, beside every 50th of the prompts")
     add("--output", type=Path, required=True, help="directory; a started one is gone on with")
@@ -599,12 +621,15 @@ def run(args: argparse.Namespace) -> None:
     )
     if llm.tokenizer is None or llm.tokenizer.chat_template is None:
         raise ValueError(f"{directory}: no chat template; put a chat_template.jinja there")
+    temperatures = [0.0, *(TEMPERATURES[j % 2] for j in range(args.answers - 1))]
+    given = make_requests(llm, prompts, args, temperatures)[args.rank :: args.world]
+    own = own_requests(llm, args)
     held_out = make_requests(llm, sets["held-out"], args, [0.0])
     keep_settings(args, prompts)
     if args.world > 1:
         torch.distributed.init_process_group("nccl" if llm.device.type == "cuda" else "gloo")
     llm.load()
-    texts = training_text(llm, prompts, args)
+    texts = training_text(llm, given, own, args)
     held_out_texts = write_text(llm, held_out, args.output / f"held-out-{args.rank}.jsonl")
     print(f"train: {sum(len(t.answer) for t in texts)} tokens of text", file=sys.stderr)
 
@@ -635,7 +660,7 @@ def check_options(args: argparse.Namespace) -> None:
 def keep_settings(args: argparse.Namespace, prompts: list) -> None:
     """settings.json: an output directory is gone on with under the same settings only."""
     file = args.output / "settings.json"
-    free = ("output", "eval_prompts", "prompts", "device", "rank", "world", "rows")
+    free = ("output", "eval_prompts", "prompts", "device", "rank", "world", "rows", "base_model")
     settings = {name: value for name, value in vars(args).items() if name not in free}
     settings["prompts"] = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
     args.output.mkdir(parents=True, exist_ok=True)

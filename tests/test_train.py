@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import STORY, TEMPLATE, run_main, save_story, story_ids, tiny_llama
+from conftest import END, STORY, TEMPLATE, run_main, save_story, story_ids, tiny_llama
 from safetensors.torch import load_file
 
 import train
@@ -214,6 +214,35 @@ def test_text_stops_at_the_tokens_asked_for(target, prompts, tmp_path):
     assert 500 <= sum(map(len, answers)) < 500 + 17 * 21
 
 
+def test_the_target_supplies_prompts_of_its_own(target, prompts, tmp_path):
+    """After any opening this target says its story, which thus is the one prompt it writes; its
+    answers to the given prompts and to that one are trained on, and a second run adds nothing."""
+    assert run(target, prompts, tmp_path, own_prompts=5, steps=1) == 0
+    written = read_lines(tmp_path / "own-prompts-0-of-1.jsonl")
+    assert [row[0] for row in sorted(written)] == [0, 1, 2, 3, 4]
+    text = tmp_path / "own-text-0-of-1.jsonl"
+    assert [answer for _, answer in read_lines(text)] == [[*story_ids(target), END]]
+    before = text.read_bytes()
+    assert run(target, prompts, tmp_path, own_prompts=5, steps=1) == 0
+    assert text.read_bytes() == before
+
+
+def test_code_is_cut_in_the_middle():
+    answers = {1: "So:\n```python\na\nb\nc\nd\n```\nand", 2: "no code", 3: "```x\none\n```"}
+    tokenizer = SimpleNamespace(decode=lambda ids: answers[ids[0]])
+    texts = [Text([0], [i]) for i in (1, 2, 3, 1)]
+    (prompt,) = train.code_prompts(SimpleNamespace(tokenizer=tokenizer), texts)
+    assert prompt == [{"role": "user", "content": train.COMPLETE + "a\nb"}]
+
+
+def test_a_template_that_hides_the_user_text(prompts, tmp_path, capsys):
+    save_story(mkdir(tmp_path / "target"))
+    (tmp_path / "target" / "chat_template.jinja").write_text("{{ messages[0]['content'] | upper }}")
+    assert run(tmp_path / "target", prompts, tmp_path / "out", own_prompts=1) == 1
+    assert "--own-prompts: the chat template does not show" in last_line(capsys)
+    assert not (tmp_path / "out").exists()
+
+
 def test_blocks_of_hidden_states_cover_every_text():
     texts = [Text([1], [2] * n) for n in (5, 3, 9, 1, 1, 4)]
     blocks = train.blocks_of(texts, 9)
@@ -239,7 +268,7 @@ def test_a_small_memory_trains_block_by_block(target, prompts, tmp_path, monkeyp
 def draft_config(**changes):
     """The config of a run for `tiny_llama`."""
     options = {"n_predict": 3, "inner_dim": 32, "tie_weights": True, "scale_input": True}
-    options |= {"checkpoint": "owner/it", "draft_vocab_size": None} | changes
+    options |= {"checkpoint": "here", "base_model": "owner/it", "draft_vocab_size": None} | changes
     target = SimpleNamespace(dim=48, vocab_size=97)
     return train.speculator_config(SimpleNamespace(**options), target)
 
@@ -265,6 +294,25 @@ def test_saved_weights_load_as_they_were(tmp_path, tie, drafted):
     )
     if drafted:  # the most frequent tokens of the text: 5, 6, 7 and the first nine of the others
         assert loaded.draft_ids.tolist() == [5, 6, 7, *range(20, 29)]
+
+
+def test_weights_are_cut_into_files_that_travel(tmp_path, monkeypatch):
+    """No file has more bytes of tensors than asked for, unless one tensor is larger; the index
+    finds all of them; what a run before left there goes away."""
+    config = draft_config(tie_weights=False)
+    speculator = train.new_speculator(SpeculatorArgs.from_config(config), [], 0, "cpu")
+    train.save_speculator(speculator, config, tmp_path)
+    assert (tmp_path / "model.safetensors").exists()
+    most = 97 * 32 * 2 + 32 * 48 * 2  # an embedding and the first projection; two do not fit
+    monkeypatch.setattr(train, "SHARD", most)
+    train.save_speculator(speculator, config, tmp_path)
+    files = sorted(tmp_path.glob("*.safetensors"))
+    tensors = [load_file(file) for file in files]
+    assert files[0].name == f"model-00001-of-{len(files):05}.safetensors" and len(files) > 5
+    assert all(sum(t.nbytes for t in part.values()) <= most for part in tensors)
+    loaded = load_speculator(tmp_path)
+    for name, param in speculator.named_parameters():
+        assert torch.equal(loaded.get_parameter(name), param.half().float()), name
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
