@@ -115,7 +115,7 @@ def write_text(llm: LLM, requests: list[Request], file: Path, most: float = math
             running.append([])
             yield requests[i]
 
-    needs = (any(r.params.temperature > 0 for r in requests), False)
+    needs = (True, False)  # greedy requests, too: one compiled step writes all of the text
     running: list[list[int]] = []
     bar = tqdm(total=len(requests), initial=len(done), desc=file.stem, unit="row", disable=None)
     with open(file, "a") as out:
