@@ -559,8 +559,8 @@ def decode_loop(
     queue, free = enumerate(requests), list(range(engine.batch_size))
     running: dict[int, tuple[int, float]] = {}  # row -> (request, start)
     in_flight: deque[tuple[Packet, list[tuple[int, tuple[int, float]]]]] = deque()
-    # Free rows to wait for: an eager prefill costs about three steps, whatever its rows, and a
-    # wide batch that refills an eighth at once pays it seldom, for few idle rows.
+    # Free rows to wait for: an eager prefill is bound by its launches, about as long as several
+    # steps, up to PREFILL_TOKENS; a wide batch fills that better for a few idle rows.
     worth_it = max(engine.batch_size // 8, 1)
     engine.busy = True
     try:
