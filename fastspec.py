@@ -4,8 +4,8 @@ Reads downward: requests, sampling, the engine (decode state, decode step, prefi
 LLM, the command line.
 
 Letters in shape comments:
-    B rows (sequences)     N candidate tokens per row and step (1 + k drafted)     S cache slots
-    D hidden width         V vocabulary                                            C prefill chunk
+    B rows (sequences)     N candidate tokens per row and step (nodes)     S cache slots
+    D hidden width         V vocabulary          P nodes from the root on, one at each depth (1 + k)
 """
 
 import argparse
@@ -19,6 +19,7 @@ import signal
 import sys
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -207,6 +208,38 @@ PREFILL_TOKENS = 8192  # of all the prompts computed together, their padding inc
 HEADER = 4  # columns of a result before its tokens: request, tokens emitted, accepted, done
 
 
+def lineage(parent: Tensor, deepest: int) -> tuple[Tensor, Tensor]:
+    """For the nodes of a tree with these parents [B, N] (the root's is itself): bool [B, N, N],
+    True where node n (row) is or descends from node m (column), and their depths [B, N]."""
+    nodes = torch.arange(parent.shape[1], device=parent.device)
+    above = nodes.expand_as(parent)
+    ancestors = (nodes[:, None] == nodes).expand(parent.shape[0], -1, -1)
+    for _ in range(deepest):
+        above = parent.gather(1, above)
+        ancestors = ancestors | (above[..., None] == nodes)
+    return ancestors, ancestors.sum(-1) - 1
+
+
+def accepted_path(
+    candidates: Tensor,
+    sampled: Tensor,
+    parent: Tensor,
+    ancestors: Tensor,
+    depth: Tensor,
+    depths: Tensor,
+) -> Tensor:
+    """The node at each of `depths` [P] to which the target's choices lead, or 0 past their end.
+
+    candidates, parent, depth [B, N], ancestors [B, N, N] and sampled [B, N], the target's choice
+    after each node. A node is accepted if it and all above it, but for the root, are what the
+    target chose after their parents.
+    """
+    right = (candidates == sampled.gather(1, parent)) | (depth == 0)  # [B N]
+    accepted = (right[:, None] | ~ancestors).all(-1)
+    here = accepted[:, None] & (depth[:, None] == depths[:, None])  # [B P N]
+    return here.int().argmax(-1)
+
+
 def count_emitted(
     draft: Tensor, sampled: Tensor, stop_ids: Tensor, room: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -253,15 +286,25 @@ class Engine(nn.Module):
         batch_size: int = 1,
         max_seq_len: int = 1024,
         num_draft_tokens: int = 0,
+        tree: int = 0,
+        top_k_tokens_per_head: Sequence[int] = (),
         compiled: bool = False,
+        eight_bit_draft: bool = False,
+        ranks=None,
+        draft_ranks=None,
     ):
+        """`ranks` (of tp.py) share the target, `draft_ranks` the speculator; None: not shared.
+        eight_bit_draft: keep the speculator's heads in int8, where there are kernels for it."""
         super().__init__()
+        self.ranks, self.draft_ranks = ranks, draft_ranks
         self.model, self.speculator = model, speculator
         self.k = num_draft_tokens if speculator is not None else 0
+        self.tree = tree if self.k else 0  # nodes; 0: the candidates are a chain
+        self.top_k_tokens_per_head = tuple(top_k_tokens_per_head)[: self.k]
         self.batch_size, self.max_seq_len = batch_size, max_seq_len
         self.compiled = compiled
         weight = model.embed.weight
-        nodes, slots = self.k + 1, max_seq_len + self.k + 1
+        path, slots = self.k + 1, max_seq_len + self.k + 1  # of a tree only a path is kept
         ints = {"dtype": torch.int64, "device": weight.device}
         floats = {"dtype": torch.float32, "device": weight.device}
         state = {
@@ -278,22 +321,24 @@ class Engine(nn.Module):
             "seed": torch.zeros(batch_size, **ints),
             "limit": torch.ones(batch_size, **ints),  # largest length
             "stop_ids": torch.full((batch_size, MAX_STOP_IDS), -1, **ints),
-            "result": torch.zeros(batch_size, HEADER + nodes, **ints),  # of the last step
-            # The candidates are a chain: node n follows node n - 1 and sees all before it.
-            "depth": torch.arange(nodes, device=weight.device),
-            "ancestors": torch.ones(nodes, nodes, dtype=torch.bool, device=weight.device).tril(),
+            "result": torch.zeros(batch_size, HEADER + path, **ints),  # of the last step
+            # In a chain node n follows node n - 1 and sees all before it.
+            "depth": torch.arange(path, device=weight.device),
+            "ancestors": torch.ones(path, path, dtype=torch.bool, device=weight.device).tril(),
         }
         for name, tensor in state.items():
             self.register_buffer(name, tensor, persistent=False)
-        self.attend = None
         if compiled:
             self.compiled_step = torch.compile(
                 self.decode_step, mode="reduce-overhead", fullgraph=True
             )
+        self.kernels = None
         if compiled and weight.is_cuda:
-            from gpu_kernels import cached_attention  # Triton is there only where torch has a GPU
+            import gpu_kernels  # Triton is there only where torch has a GPU
 
-            self.attend = cached_attention
+            self.kernels = gpu_kernels
+            if self.k:
+                gpu_kernels.replace_linears(speculator, eight_bit_draft)
         self.busy = False  # a decode loop is running
         self.ahead = int(weight.is_cuda)  # launches queued behind the one whose result is read
         self.packets: list[Packet] = []  # free pinned buffers
@@ -309,41 +354,97 @@ class Engine(nn.Module):
         kv = self.kv if live is None else self.kv[..., :live, :]
         root = self.length - 1  # [B], the slot and position of the last token
         last = self.tokens.gather(1, root[:, None])  # [B 1]
-        candidates = last
-        if self.k:
+        candidates, ancestors, depth = last, self.ancestors, self.depth
+        if self.tree:
+            candidates, parent = self.draft_tree(last[:, 0], root, noisy)
+            ancestors, depth = lineage(parent, self.k)
+        elif self.k:
             candidates = torch.cat((last, self.draft(last[:, 0], root, noisy)), dim=1)  # [B N]
-        positions = root[:, None] + self.depth  # [B N]
-        hidden, new_kv = self.model(candidates, positions, kv, root, self.ancestors, self.attend)
-        sampled = self.choose(self.model.logits(hidden), positions + 1, None, noisy, filtered)
+        positions = root[:, None] + depth  # [B N]
+        hidden, new_kv = self.verify(candidates, positions, kv, root, ancestors)
+        sampled = self.choose(self.logits(hidden), positions + 1, None, noisy, filtered, self.ranks)
+        drafted = candidates[:, 1:]
+        if self.tree:  # from here on the accepted path is a chain like any other
+            path = accepted_path(candidates, sampled, parent, ancestors, depth, self.depth)
+            sampled, hidden = sampled.gather(1, path), hidden.take_along_dim(path[..., None], 1)
+            new_kv = new_kv.take_along_dim(path[None, None, :, None, :, None], 4)  # [L 2 B K P E]
+            drafted = torch.where(path[:, 1:] > 0, sampled[:, :-1], -1)
 
         room = torch.where(self.done, 0, self.limit - self.length)
-        emitted, accepted, stopped = count_emitted(candidates[:, 1:], sampled, self.stop_ids, room)
-        write_cache(self.kv, new_kv, positions)  # beyond the accepted: dead slots
+        emitted, accepted, stopped = count_emitted(drafted, sampled, self.stop_ids, room)
+        write_cache(self.kv, new_kv, root[:, None] + self.depth)  # beyond the accepted: dead slots
         self.commit(emitted, stopped, sampled, hidden, accepted)
+
+    def verify(self, tokens: Tensor, positions: Tensor, kv, root, ancestors):
+        """The target's hidden states [B, N, D] of the candidates, and their keys and values."""
+        if self.kernels is None:
+            return self.model(tokens, positions, kv, root, ancestors)
+        if not self.kernels.fits(self.model.args, tokens.numel()):
+            attend = self.kernels.cached_attention
+            return self.model(tokens, positions, kv, root, ancestors, attend)
+        total = None if self.ranks is None else self.ranks.sum
+        return self.kernels.forward(self.model, tokens, positions, kv, root, ancestors, total)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Float32 logits [B, N, V] of hidden states [B, N, D]."""
+        if self.kernels is None:
+            return self.model.logits(hidden)
+        return self.kernels.few_rows(hidden, self.model.output.weight, torch.float32)
 
     def draft(self, last: Tensor, root: Tensor, noisy: bool) -> Tensor:
         """Draft tokens [B, k], chosen with the noise that the target will meet at their positions:
         the two then agree far more often than independent draws would."""
 
         def choose(logits: Tensor, position: Tensor, ids: Tensor | None) -> Tensor:
-            return self.choose(logits[:, None], position[:, None], ids, noisy, False)[:, 0]
+            logits, position = logits[:, None], position[:, None]
+            return self.choose(logits, position, ids, noisy, False, self.draft_ranks)[:, 0]
 
-        return self.speculator.draft(self.hidden, last, root, self.k, choose)
+        drafts = self.speculator.draft(self.hidden, last, root, self.k, choose)
+        return drafts if self.ranks is None else self.ranks.same(drafts)
+
+    def draft_tree(self, last: Tensor, root: Tensor, noisy: bool) -> tuple[Tensor, Tensor]:
+        """Tokens and parents [B, N] of a tree of drafts, chosen with the same noise."""
+
+        def score(logits: Tensor, position: Tensor, ids: Tensor | None) -> Tensor:
+            logits = logits if self.draft_ranks is None else self.draft_ranks.gather(logits)
+            return self.scores(logits, position[:, None], ids, None) if noisy else logits
+
+        tree = self.speculator.draft_tree(
+            self.hidden, last, root, self.top_k_tokens_per_head, self.tree, score
+        )
+        return tree if self.ranks is None else self.ranks.same(torch.stack(tree)).unbind()
+
+    def scores(self, logits: Tensor, position: Tensor, ids: Tensor | None, ranks) -> Tensor:
+        """Logits [B, n, V] of the tokens `ids` [V], or of all, plus the noise of their absolute
+        positions [B, n] (or [B, 1], if they share one)."""
+        width = logits.shape[-1] * (1 if ranks is None else ranks.size)
+        ids = torch.arange(width, device=logits.device) if ids is None else ids
+        ids = ids if ranks is None else ranks.columns(ids)
+        return logits + self.temperature[:, None, None] * noise(self.seed, position, ids)
 
     def choose(
-        self, logits: Tensor, position: Tensor, ids: Tensor | None, noisy: bool, filtered: bool
+        self,
+        logits: Tensor,
+        position: Tensor,
+        ids: Tensor | None,
+        noisy: bool,
+        filtered: bool,
+        ranks,
     ) -> Tensor:
         """Column [B, n] for each absolute position [B, n] from float32 logits [B, n, V] of the
-        tokens `ids` [V]; None: of all."""
-        if noisy:
-            T = self.temperature
-            ids = torch.arange(logits.shape[-1], device=logits.device) if ids is None else ids
-            scores = logits + T[:, None, None] * noise(self.seed, position, ids)
-            if filtered:
-                keep = kept_tokens(logits, T, self.top_k, self.top_p, self.min_p)
-                scores = torch.where(keep, scores, -torch.inf)
-            logits = scores
-        return logits.argmax(-1)
+        tokens `ids` [V]; None: of all. Each of `ranks` has its part of the columns."""
+        if filtered and ranks is not None:  # filters look at the whole distribution
+            whole = ranks.gather(logits)
+            return ranks.same(self.choose(whole, position, ids, noisy, filtered, None))
+        if self.kernels is not None and ranks is None:
+            noise_args = (position, self.temperature, self.seed) if noisy else (None,) * 3
+            filters = (self.top_k, self.top_p, self.min_p) if filtered else (None,) * 3
+            return self.kernels.choose(logits, ids, *noise_args, *filters)
+        scores = self.scores(logits, position, ids, ranks) if noisy else logits
+        if filtered:
+            keep = kept_tokens(logits, self.temperature, self.top_k, self.top_p, self.min_p)
+            scores = torch.where(keep, scores, -torch.inf)
+        return scores.argmax(-1) if ranks is None else ranks.argmax(scores)
 
     def commit(self, emitted, stopped, sampled, hidden, accepted) -> None:
         """Append `emitted` [B] of the chosen tokens to each row and publish the result."""
@@ -593,11 +694,11 @@ def decode_loop(
                     del running[row]
                     free.append(row)
     finally:  # also when the consumer stops early
+        engine.busy = False
         for row in running:
             engine.stop_row(row)
         for packet, *_ in in_flight:
             engine.wait(packet)
-        engine.busy = False
 
 
 def step_needs(params: Iterable[SamplingParams]) -> tuple[bool, bool]:
@@ -738,9 +839,12 @@ class LLM:
 
     model: a directory, or a hub id (whose needed files are fetched). speculative_config: None, or
     {"model": directory or hub id, "method": "mlp_speculator", "num_speculative_tokens": int,
-    "revision": str}, all but "model" optional. dtype "auto" is float16 or bfloat16 on a
-    GPU, as the checkpoint says; on a CPU bfloat16 where it has instructions for it, else float32.
-    `compile` None means: on a GPU. Raises ValueError for what does not fit before reading weights;
+    "revision": str, "tree": int, "top_k_tokens_per_head": list of int,
+    "draft_tensor_parallel_size": int}, all but "model" optional; "tree" is how many nodes a step
+    verifies, 0 for a chain. dtype "auto" is float16 or bfloat16 on a GPU, as the checkpoint says;
+    on a CPU bfloat16 where it has instructions for it, else float32. `compile` None means: on a
+    GPU. tensor_parallel_size GPUs share the target, and the speculator too where its own size (1,
+    if not given) is the same. Raises ValueError for what does not fit before reading weights;
     `load=False` leaves these to a later `load()`, so that prompts can be checked first, too.
     """
 
@@ -755,6 +859,7 @@ class LLM:
         max_seq_len: int | None = None,
         compile: bool | None = None,
         revision: str | None = None,
+        tensor_parallel_size: int = 1,
         load: bool = True,
     ):
         self.device = choose_device(device)
@@ -764,11 +869,6 @@ class LLM:
         self.tokenizer = load_tokenizer(self.directory)
         self.end_ids = end_of_sequence_ids(self.directory, config, self.tokenizer)
         self.dtype = choose_dtype(dtype, config, self.device)
-        self.speculator_dir, speculator_args, self.k = None, None, 0
-        if speculative_config is not None:
-            self.speculator_dir, speculator_args, self.k = read_speculative_config(
-                speculative_config, self.args, self.directory
-            )
         if max_seq_len is None:
             max_seq_len = min(self.args.max_position, DEFAULT_MAX_SEQ_LEN)
         if not (is_integer(batch_size, 1) and is_integer(max_seq_len, 2)):
@@ -781,31 +881,74 @@ class LLM:
                 f"max_seq_len {max_seq_len} exceeds the model's context of {self.args.max_position}"
             )
         self.batch_size, self.max_seq_len = batch_size, max_seq_len
+        self.speculator_dir, speculator_args, self.k = None, None, 0
+        self.tree, self.top_k_tokens_per_head = 0, ()
+        if speculative_config is not None:
+            self.speculator_dir, speculator_args, self.k = read_speculative_config(
+                speculative_config, self.args, self.directory
+            )
+            self.tree, self.top_k_tokens_per_head = read_tree(
+                speculative_config, speculator_args, self.k, batch_size
+            )
+            self.k = min(self.k, self.tree - 1) if self.tree else self.k
+        self.tensor_parallel_size = tensor_parallel_size
+        self.draft_parallel_size = (speculative_config or {}).get("draft_tensor_parallel_size", 1)
+        check_parallel_sizes(tensor_parallel_size, self.draft_parallel_size, self.device)
+        self.local_args = self.args
+        if tensor_parallel_size > 1:
+            import tp  # only where there is something to share
+
+            self.local_args = tp.local_args(self.args, tensor_parallel_size)
+            if self.k:
+                tp.check_draft(speculator_args, self.draft_parallel_size)
         self.compiled = self.device.type == "cuda" if compile is None else compile
         self.packed = packs_linears(self.device, self.dtype, self.compiled)
-        cache_shape = kv_cache_shape(self.args, batch_size, max_seq_len + self.k + 1)
-        draft_args = speculator_args if self.k else None
-        check_memory(self.args, draft_args, cache_shape, self.dtype, self.device, self.packed)
+        cache_shape = kv_cache_shape(self.local_args, batch_size, max_seq_len + self.k + 1)
+        models = self.local_args, speculator_args if self.k else None
+        where = self.dtype, self.device, self.packed
+        check_memory(*models, cache_shape, *where, self.draft_parallel_size)
         if load:
             self.load()
 
-    def load(self) -> None:
-        """Read the weights and build the engine."""
+    def load(self, ranks=None) -> None:
+        """Read the weights and build the engine, on this device or on those of `ranks`, which are
+        started here if there are to be several and none are given."""
+        if ranks is None and self.tensor_parallel_size > 1:
+            import tp
+
+            ranks = tp.start(self.tensor_parallel_size)
+            weakref.finalize(self, ranks.close)
+        self.ranks = ranks
+        if ranks is None:
+            self.load_weights()
+        else:
+            ranks.load(self)
+
+    def load_weights(self, ranks=None) -> None:
+        """Build this process's engine."""
         where = (self.device, self.dtype)
-        target = load_model(self.directory, *where, progress("target"))
+        target_part, draft_part = ({}, {}) if ranks is None else ranks.parts(self)
+        target = load_model(self.directory, *where, progress("target"), **target_part)
         speculator = None
         if self.k:
-            speculator = load_speculator(self.speculator_dir, *where, progress("speculator"))
+            bar = progress("speculator")
+            speculator = load_speculator(self.speculator_dir, *where, bar, **draft_part)
         self.engine = Engine(
             target,
             speculator,
             batch_size=self.batch_size,
             max_seq_len=self.max_seq_len,
             num_draft_tokens=self.k,
+            tree=self.tree,
+            top_k_tokens_per_head=self.top_k_tokens_per_head,
             compiled=self.compiled,
+            ranks=ranks if self.tensor_parallel_size > 1 else None,
+            draft_ranks=ranks if self.draft_parallel_size > 1 else None,
         )
         if self.packed:
             pack_linears(self.engine)
+        if ranks is not None:
+            ranks.connect(self.engine)
 
     def generate(
         self,
@@ -1050,7 +1193,8 @@ def read_speculative_config(
     """Directory, args and tokens to draft of the speculator, checked against the target."""
     if not isinstance(config, dict):
         raise ValueError(f"speculative_config {config!r} is not a dict with the key model")
-    known = ("model", "method", "num_speculative_tokens", "revision")
+    known = ("model", "method", "num_speculative_tokens", "tree", "top_k_tokens_per_head")
+    known = (*known, "draft_tensor_parallel_size", "revision")
     if unknown := [key for key in config if key not in known]:
         raise ValueError(
             f"speculative_config: {unknown[0]} is not supported; supported: {', '.join(known)}"
@@ -1080,15 +1224,76 @@ def read_speculative_config(
     return directory, args, k
 
 
+def check_parallel_sizes(size: int, draft_size: int, device: torch.device) -> None:
+    if not is_integer(size, 1):
+        raise ValueError(f"tensor_parallel_size {size!r} is not a number of devices")
+    if draft_size not in (1, size):
+        raise ValueError(
+            f"draft_tensor_parallel_size {draft_size!r}: supported are 1 and "
+            f"tensor_parallel_size {size}"
+        )
+    if device.type == "cuda" and size > (count := torch.cuda.device_count()):
+        raise ValueError(
+            f"tensor_parallel_size {size} needs as many GPUs; torch {torch.__version__} "
+            f"finds {count}"
+        )
+
+
+MOST_NODES = 64
+
+# Batch size up to which a tree of so many nodes gives the most tokens per second.
+TREES: dict[int, int] = {}
+
+
+def default_tree(batch_size: int) -> int:
+    """Nodes of a step's tree where none are asked for; 0 is a chain."""
+    return next((nodes for most, nodes in sorted(TREES.items()) if batch_size <= most), 0)
+
+
+def read_tree(
+    config: dict, speculator: SpeculatorArgs, k: int, batch_size: int
+) -> tuple[int, tuple[int, ...]]:
+    """Nodes of a step's tree, 0 for a chain, and the children that each of k heads proposes."""
+    tree, top_k = config.get("tree"), config.get("top_k_tokens_per_head")
+    tree = default_tree(batch_size) if tree is None else tree
+    if not (is_integer(tree, 0, MOST_NODES) and tree != 1):
+        raise ValueError(f"tree must be 0 (a chain) or 2 to {MOST_NODES} nodes, found {tree!r}")
+    if top_k is not None and not tree:
+        raise ValueError("top_k_tokens_per_head means nothing for a chain: give tree, too")
+    top_k = list(speculator.top_k_tokens_per_head)[:k] if top_k is None else top_k
+    most = speculator.draft_vocab_size or speculator.vocab_size
+    if not is_list(top_k) or len(top_k) != k or not all(is_integer(n, 1, most) for n in top_k):
+        raise ValueError(
+            f"top_k_tokens_per_head must be {k} integers of 1 to {most}, one for each token that "
+            f"is drafted in a row; found {top_k!r}"
+        )
+    width, nodes = 1, 1  # at one depth, in all
+    for n in top_k:
+        width *= n
+        nodes += width
+    return min(tree, nodes) if k else 0, tuple(top_k)
+
+
 def check_memory(
-    target: ModelArgs, speculator: SpeculatorArgs | None, cache_shape, dtype, device, packed: bool
+    target: ModelArgs,
+    speculator: SpeculatorArgs | None,
+    cache_shape,
+    dtype,
+    device,
+    packed: bool,
+    draft_parallel_size: int = 1,
 ) -> None:
     """Refuse what cannot fit into the GPU's free memory or the host's whole memory, before
     weights are read. Packed, an output layer no longer shares the embedding table."""
     with torch.device("meta"):
-        modules = [Transformer(target), *([MLPSpeculator(speculator)] if speculator else [])]
-    parameters = (p for m in modules for _, p in m.named_parameters(remove_duplicate=not packed))
-    weights = sum(p.numel() for p in parameters) * dtype.itemsize
+        modules = [(Transformer(target), 1)]
+        if speculator:
+            modules.append((MLPSpeculator(speculator), draft_parallel_size))
+    weights = sum(
+        p.numel() * dtype.itemsize // devices
+        for module, devices in modules
+        for _, p in module.named_parameters(remove_duplicate=not packed)
+    )
     cache = math.prod(cache_shape) * dtype.itemsize
     if device.type == "cuda":
         gc.collect()  # an engine that went out of use may still hold its cache
@@ -1144,6 +1349,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--speculator", help="directory or hub id; unset: the demo's, or none for a --checkpoint")
     add("--speculator-revision", help="revision of a speculator from the hub")
     add("--num-draft-tokens", type=int, help="tokens drafted per step; 0: none; unset: all heads")
+    add("--tree", type=int, metavar="N", help="verify a tree of N nodes per step; 0: a chain")
+    add("--top-k-tokens-per-head", type=integers, metavar="4,3,..", help="children in a tree")
     add("--prompt", nargs="+", help="one or more texts; with --interactive the first turns")
     add("--prompts", metavar="FILE", help="JSON lines with prompt or messages, and sampling fields")
     add("--output", metavar="FILE", help="where the answers to --prompts go, as JSON lines")
@@ -1155,6 +1362,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--min-p", type=float, default=0.0, help="0, the default, keeps all")
     add("--seed", type=int, help="same seed, same text; unset: a fresh one")
     add("--stop", nargs="+", help="strings that end an answer")
+    add("--draft-tensor-parallel-size", type=int, default=1, help="ranks that share the speculator")
     add("--batch-size", type=int, help="rows decoded together; unset: as many as needed, up to 8")
     add("--max-seq-len", type=int, help="prompt + answer; unset: the model's, at most 8192")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
@@ -1168,13 +1376,18 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+def integers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    args = parse_arguments(argv)
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a terminal may lack a character of the answer
+    ranks = join_torchrun()
     try:
-        run(args)
+        args = parse_arguments(argv)
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="replace")  # a terminal may lack an answer's character
+        run(args, ranks)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of a pipe has gone, as `head` does
@@ -1183,10 +1396,25 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         print(f"fastspec: {one_line(error)}", file=sys.stderr)
         return 1
+    finally:
+        if ranks is not None:
+            ranks.close()
     return 0
 
 
-def run(args: argparse.Namespace) -> None:
+def join_torchrun():
+    """Under torchrun: rank 0's view of all ranks. The others do what it announces, and end here."""
+    if not torch.distributed.is_torchelastic_launched():
+        return None
+    import tp
+
+    ranks = tp.join()
+    if ranks.rank:
+        tp.follow(ranks, LLM)
+    return ranks
+
+
+def run(args: argparse.Namespace, ranks=None) -> None:
     params = SamplingParams(
         temperature=args.temperature,
         top_k=args.top_k,
@@ -1197,7 +1425,7 @@ def run(args: argparse.Namespace) -> None:
         max_tokens=args.max_new_tokens,
     )
     check_options(args)
-    llm = llm_without_weights(args)
+    llm = llm_without_weights(args, 1 if ranks is None else ranks.size)
     chat, needs, bad = uses_chat(llm.tokenizer, args), step_needs([params]), 0
     if args.prompts:
         good, bad, needs = check_file(llm, args.prompts, params, chat)
@@ -1211,7 +1439,7 @@ def run(args: argparse.Namespace) -> None:
         named = ((text, f"prompt {i}") for i, text in enumerate(texts))
         requests = [prompt_request(llm, text, params, chat, name) for text, name in named]
         outputs = show(llm.run(requests), texts)
-    llm.load()
+    llm.load(ranks)
     if not llm.k:
         print("fastspec: no speculator: plain decoding, one token per step", file=sys.stderr)
     if llm.compiled:
@@ -1229,8 +1457,9 @@ def check_options(args: argparse.Namespace) -> None:
     """Refuse what does not go together, and files that could not be written after the run."""
     if args.revision and not args.checkpoint:
         raise ValueError("--revision needs --checkpoint")
-    if not args.speculator and (args.num_draft_tokens or args.speculator_revision):
-        raise ValueError("--num-draft-tokens and --speculator-revision need --speculator")
+    needing = ("num_draft_tokens", "speculator_revision", "tree", "top_k_tokens_per_head")
+    if given := [name for name in needing if getattr(args, name) and not args.speculator]:
+        raise ValueError(f"--{given[0].replace('_', '-')} needs --speculator")
     if bool(args.prompts) != bool(args.output):
         raise ValueError("--prompts and --output need each other")
     if args.prompts and (args.prompt or args.interactive):
@@ -1246,11 +1475,14 @@ def check_options(args: argparse.Namespace) -> None:
             open(file, "a").close()
 
 
-def llm_without_weights(args: argparse.Namespace) -> LLM:
+def llm_without_weights(args: argparse.Namespace, devices: int) -> LLM:
     speculative, target = None, args.checkpoint
     if args.speculator:
         speculative = {"model": args.speculator, "revision": args.speculator_revision}
         speculative["num_speculative_tokens"] = args.num_draft_tokens
+        speculative["draft_tensor_parallel_size"] = args.draft_tensor_parallel_size
+        speculative["tree"] = args.tree
+        speculative["top_k_tokens_per_head"] = args.top_k_tokens_per_head
         target = target or target_of(args.speculator, args.speculator_revision)
     if target in (None, DEMO):
         target = demo_checkpoint()
@@ -1264,6 +1496,7 @@ def llm_without_weights(args: argparse.Namespace) -> LLM:
         max_seq_len=args.max_seq_len,
         compile=args.compile,
         revision=args.revision,
+        tensor_parallel_size=devices,
         load=False,
     )
 

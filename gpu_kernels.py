@@ -1,91 +1,273 @@
-"""Triton kernels for the decode step, where they measure better than torch's own.
+"""Triton kernels for the decode step, used where they measure better than torch's own.
 
-`cached_attention` equals model.py's `plain_attention`. It splits the cache over many programs and
-reads nothing past the live length, where a masked `scaled_dot_product_attention` reads the whole
-buffer with one program per KV head.
+`forward` equals `Transformer.forward` of model.py for a gated llama on a GPU: six kernels a layer
+instead of sixteen. A small batch moves every weight through the bus once and computes little, so
+each kernel is shaped to keep the bus busy:
 
-Letters in shape comments: B rows, N tokens per row, H query heads, K KV heads, G = H / K,
-E head_dim, S cache slots, P splits.
+- `_linear`: a product of few rows. The weights are the matrix instruction's tall operand (64 rows
+  of W), the tokens its narrow one (16, 32 or 64), loads are several tiles ahead of the arithmetic,
+  and matrices of few rows are cut along K so that every multiprocessor has work.
+- RMS norm costs no kernel: the producer of x also writes x * weight and the sums of x^2 by tile,
+  and the next product scales its result by rsqrt(mean(x^2) + eps). SiLU, bias and the residual
+  are applied where the result is written.
+- Each kernel may start while the one before drains (programmatic dependent launch): it asks for
+  its first weights, then waits for the data.
+
+Every operation has a plain equivalent beside it, which also serves more than MOST_ROWS rows.
+
+Letters in shape comments: B rows, N tokens per row, M = B * N, D hidden width, R rows and C columns
+of a weight, T tiles of R, H query heads, K KV heads, G = H / K, E head_dim, S cache slots,
+P splits, V vocabulary.
 """
 
+import functools
+
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+USE_PDL = True
+PREFETCH = True
+MOST_ROWS = 32  # of a small product; more rows are the library's
+TILE = 64  # rows of a weight per program: what one matrix instruction takes
+SPLITS_TILES = 4096  # counters of unfinished tiles
+
+
+@functools.cache
+def counters(device: torch.device) -> Tensor:
+    """Zeros, by tile: how many parts of it are finished. Every kernel leaves zeros behind."""
+    return torch.zeros(SPLITS_TILES, dtype=torch.int32, device=device)
+
+
+# --- small products ----------------------------------------------------------------------------
+
+
+@triton.jit
+def _prefetch(pointers):
+    """Ask for these addresses' lines in the L2 cache."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [pointers],
+        dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+LINE = tl.constexpr(1024)  # elements of a weight that are asked for at once
+
+
+@triton.jit
+def _prefetch_lines(pointers):
+    """Ask for LINE 16-bit elements at each pointer in the L2 cache."""
+    tl.inline_asm_elementwise(
+        "cp.async.bulk.prefetch.L2.global [$1], 2048; mov.b32 $0, 0;", "=r,l", [pointers],
+        dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _linear(
+    x, w, row_scale, bias, squares, residual, norm, cos, sin, out, weighted, out_squares, part,
+    count, M, R, in_tiles, turned, eps,
+    E: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+    DEEP: tl.constexpr, SPLITS: tl.constexpr,
+    IN_TILES: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
+    AHEAD: tl.constexpr,
+):  # fmt: skip
+    """out [M, R] = x [M, C] @ w [R, C]^T, one tile of TILE rows of w and one part of C a program.
+
+    Not None: row_scale [R] multiplies (8-bit weights), squares [in_tiles, M] holds the sums of
+    the input's squares, whose root mean it is divided by; bias [R] and residual [M, R] are added;
+    with norm [R], weighted [M, R] = out * norm and out_squares [T, M] are written for the next
+    product. GATED: w holds gate and up rows, out [M, R / 2] = silu(gate) * up. With cos and sin
+    [M, E / 2], heads of E rows are turned by these angles, as far as row `turned`.
+    """
+    tile, split = tl.program_id(0), tl.program_id(1)
+    m, i, k = tl.arange(0, ROWS), tl.arange(0, TILE), tl.arange(0, DEEP)
+    half: tl.constexpr = TILE // 2
+    if GATED:  # half the tile's rows are gates, half the ups that belong to them
+        r = tl.where(i < half, tile * half + i, R // 2 + tile * half + i - half)
+        r_in = tile * half + i % half < R // 2
+    elif cos is not None:  # from both halves of a head
+        first = tile * TILE // E * E + tile * TILE % E // 2
+        r = first + tl.where(i < half, i, E // 2 + i - half)
+        r_in = r < R
+    else:
+        r = tile * TILE + i
+        r_in = r < R
+    if PDL:
+        gdc_launch_dependents()
+    begin = split * (C // SPLITS)
+    w_at = w + r[:, None].to(tl.int64) * C
+    if AHEAD > 0:
+        line: tl.constexpr = 128 // (w.dtype.element_ty.primitive_bitwidth // 8)
+        lines = tl.arange(0, AHEAD) * line
+        _prefetch(w + tl.where(r_in, r, 0)[:, None].to(tl.int64) * C + (begin + lines)[None, :])
+    if PDL:
+        gdc_wait()
+    if GATED:
+        column = tile * half + tl.arange(0, half)
+        width = R // 2
+    else:
+        column = r
+        width = R
+    at = m[None, :] * width + column[:, None]
+    inside = (m < M)[None, :] & (column < width)[:, None]
+    # What the end needs is asked for here, not when the product waits for it.
+    if squares is not None:
+        t = tl.arange(0, IN_TILES)
+        known = (t < in_tiles)[:, None] & (m < M)[None, :]
+        sums = tl.load(squares + t[:, None] * M + m[None, :], mask=known, other=0.0)
+        scale = tl.rsqrt(tl.sum(sums, axis=0) / C + eps)[None, :]
+    if residual is not None:
+        old = tl.load(residual + at, mask=inside, other=0.0)
+    if cos is not None:
+        angle = m[None, :] * (E // 2) + (first % E + tl.arange(0, half))[:, None]
+        turn = (m < M)[None, :] & (first < turned)
+        c = tl.load(cos + angle, mask=turn, other=1.0)
+        s = tl.load(sin + angle, mask=turn, other=0.0)
+
+    acc = tl.zeros([TILE, ROWS], dtype=tl.float32)
+    for start in range(0, C // SPLITS, DEEP):
+        at_c = begin + start + k
+        if EVEN:
+            a = tl.load(w_at + at_c[None, :], eviction_policy="evict_first")
+            b = tl.load(x + m[None, :] * C + at_c[:, None], mask=(m < M)[None, :], other=0.0)
+        else:
+            c_in = at_c < begin + C // SPLITS
+            a = tl.load(w_at + at_c[None, :], mask=r_in[:, None] & c_in[None, :], other=0)
+            x_in = (m < M)[None, :] & c_in[:, None]
+            b = tl.load(x + m[None, :] * C + at_c[:, None], mask=x_in, other=0.0)
+        acc = tl.dot(a.to(b.dtype), b, acc, input_precision="ieee")
+
+    last = True
+    if SPLITS > 1:  # whoever finishes last adds the parts, always in the same order
+        here = (tile * SPLITS * TILE + i)[:, None] * ROWS + m[None, :]
+        tl.store(part + here + split * TILE * ROWS, acc)
+        tl.debug_barrier()
+        last = tl.atomic_add(count + tile, 1, sem="acq_rel") == SPLITS - 1
+    if last:
+        if SPLITS > 1:
+            acc = tl.zeros([TILE, ROWS], dtype=tl.float32)
+            for other in tl.static_range(SPLITS):
+                acc += tl.load(part + here + other * TILE * ROWS, cache_modifier=".cg")
+            tl.store(count + tile, 0)
+        if row_scale is not None:
+            acc *= tl.load(row_scale + r, mask=r_in, other=0.0)[:, None]
+        if squares is not None:
+            acc *= scale
+        if bias is not None:
+            acc += tl.load(bias + r, mask=r_in, other=0.0).to(tl.float32)[:, None]
+        if GATED or cos is not None:
+            y1, y2 = tl.split(tl.permute(tl.reshape(acc, [2, half, ROWS]), [1, 2, 0]))
+        if GATED:
+            y = y1 * tl.sigmoid(y1) * y2
+        elif cos is not None:
+            y = tl.join(y1 * c - y2 * s, y2 * c + y1 * s)
+            y = tl.reshape(tl.permute(y, [2, 0, 1]), [TILE, ROWS])
+        else:
+            y = acc
+        if residual is not None:
+            y += old.to(tl.float32)
+        y = y.to(out.dtype.element_ty)
+        tl.store(out + at, y, mask=inside)
+        if norm is not None:
+            y = y.to(tl.float32)
+            weight = tl.load(norm + column, mask=column < width, other=0.0).to(tl.float32)
+            scaled = (y * weight[:, None]).to(weighted.dtype.element_ty)
+            tl.store(weighted + at, scaled, mask=inside)
+            tl.store(out_squares + tile * M + m, tl.sum(y * y, axis=0), mask=m < M)
+
+
+def tiling(R: int, C: int) -> dict:
+    """How to cut a product with w [R, C], as measured on an H100: narrow matrices along C too, and
+    80 kB of loads under way."""
+    splits = 4 if R < 96 * TILE and C % (4 * 128) == 0 and C >= 1024 else 1
+    deep = 128 if C // splits % 128 == 0 else 64
+    tile = {"DEEP": deep, "SPLITS": splits, "AHEAD": 8 if splits > 1 else 0}
+    return tile | {"num_stages": 512 // deep, "num_warps": 4}
+
+
+def small(
+    x: Tensor, w: Tensor, *, row_scale=None, bias=None, squares=None, eps=0.0, residual=None,
+    norm=None, angles=None, turned=0, gated=False, dtype=None, tile: dict | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """(out, weighted, squares) of `_linear` for x [M, C], w [R, C]."""
+    (M, C), R = x.shape, w.shape[0]
+    tile = tile or tiling(R, C)
+    rows = max(16, triton.next_power_of_2(M))
+    TILE = tile.get("TILE", 64)
+    tile = {k: v for k, v in tile.items() if k != "TILE"}
+    tiles, splits = triton.cdiv(R, TILE), tile["SPLITS"]
+    out = x.new_empty(M, R // 2 if gated else R, dtype=dtype or x.dtype)
+    weighted = torch.empty_like(out) if norm is not None else None
+    out_squares = x.new_empty(tiles, M, dtype=torch.float32) if norm is not None else None
+    part = x.new_empty(splits * tiles * TILE * rows, dtype=torch.float32) if splits > 1 else None
+    cos, sin = angles or (None, None)
+    in_tiles = len(squares) if squares is not None else 1
+    even = C % (tile["DEEP"] * splits) == 0 and R % TILE == 0
+    pdl = {"launch_pdl": USE_PDL} if x.is_cuda else {}
+    _linear[(tiles, splits)](
+        x, w, row_scale, bias, squares, residual, norm, cos, sin, out, weighted, out_squares, part,
+        counters(x.device), M, R, in_tiles, turned, eps,
+        E=2 * cos.shape[1] if angles else 1, C=C, ROWS=rows, TILE=TILE, GATED=gated, EVEN=even,
+        IN_TILES=triton.next_power_of_2(in_tiles), PDL=USE_PDL and x.is_cuda,
+        **(tile if x.is_cuda else tile | {"AHEAD": 0}), **pdl,
+    )  # fmt: skip
+    return out, weighted, out_squares
+
+
+# --- attention ---------------------------------------------------------------------------------
 
 # Splits begin at fixed slots, so a key is summed in the same order whatever the live length is:
 # that keeps bfloat16 results bit-identical however many tokens a step accepts.
 SPLIT = 64
 
 
-def cached_attention(
-    q: Tensor, k: Tensor, v: Tensor, kv: Tensor, cached: Tensor, ancestors: Tensor, mask=None
-) -> Tensor:
-    """Attention [B, N, H, E] of q [B, N, H, E] over the first `cached` [B] slots of a contiguous
-    cache kv [2, B, K, S, E], and over the call's own k, v [B, N, K, E] where `ancestors` [N, N]
-    allows.
-
-    The call's tokens count as slots cached .. cached + N - 1. `mask` is not needed here.
-    """
-    B, N, H, E = q.shape
-    K, S = kv.shape[2:4]
-    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    splits = triton.cdiv(S + N, SPLIT)
-    rows = max(16, triton.next_power_of_2(N * (H // K)))  # a matrix instruction's least
-    width = triton.next_power_of_2(E)
-    part = q.new_empty((B, K, splits, rows, width), dtype=torch.float32)
-    stats = q.new_empty((B, K, splits, 2, rows), dtype=torch.float32)
-    out = torch.empty_like(q)
-    _attend_split[(B * K, splits)](
-        q, k, v, kv, cached, ancestors, part, stats, E**-0.5, S, kv.stride(0), splits,
-        N=N, G=H // K, K=K, E=E, WIDTH=width, ROWS=rows, SPLIT=SPLIT,
-    )  # fmt: skip
-    _combine_splits[(B * N, H)](
-        part, stats, cached, out, splits,
-        N=N, G=H // K, K=K, E=E, WIDTH=width, ROWS=rows, SPLIT=SPLIT,
-    )  # fmt: skip
-    return out
-
-
 @triton.jit
 def _attend_split(
-    q, k, v, kv, cached, ancestors, part, stats, scale, S, value_offset, splits,
+    qkv, kv, cached, ancestors, part, stats, scale, S, value_offset, splits, row_ancestors,
+    next_weight, next_size,
     N: tl.constexpr, G: tl.constexpr, K: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr,
-    ROWS: tl.constexpr, SPLIT: tl.constexpr,
+    ROWS: tl.constexpr, SPLIT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Softmax numerator, maximum and sum of one split of slots, for one row's KV head."""
     bk, split = tl.program_id(0), tl.program_id(1)
     b, head = bk // K, bk % K
-    root = tl.load(cached + b)
+    if PDL:
+        gdc_launch_dependents()
+    root = tl.load(cached + b)  # neither this nor the cache is written by the kernel before
     slot = split * SPLIT + tl.arange(0, SPLIT)
-    if split * SPLIT < root + N:
+    if split >= splits:  # the bus is idle now: bring the next product's weight into the cache
+        first = ((split - splits) * tl.num_programs(0) + bk) * 128 * LINE
+        at = tl.minimum(first + tl.arange(0, 128) * LINE, next_size - LINE)
+        _prefetch_lines(next_weight + at)
+    elif split * SPLIT < root + N:
         row, e = tl.arange(0, ROWS), tl.arange(0, WIDTH)
-        node, query_head = row % N, head * G + row // N
-        real, in_head = row < N * G, e < E
-        at = ((b * N + node) * (K * G) + query_head) * E
-        queries = tl.load(
-            q + at[:, None] + e[None, :], mask=real[:, None] & in_head[None, :], other=0.0
-        )  # [ROWS WIDTH]
-
-        # A key lies in the cache or among this call's tokens; the other load gives zeros.
-        in_cache, own = slot < root, (slot >= root) & (slot < root + N)
-        cache_at = (bk * S).to(tl.int64) * E + slot[:, None] * E + e[None, :]
-        own_at = ((b * N + slot - root) * K + head)[:, None] * E + e[None, :]
-        from_cache, from_own = in_cache[:, None] & in_head[None, :], own[:, None] & in_head[None, :]
-        keys = tl.load(kv + cache_at, mask=from_cache, other=0.0)
-        keys += tl.load(k + own_at, mask=from_own, other=0.0)  # [SPLIT WIDTH]
+        in_head = (e < E)[None, :]
+        width: tl.constexpr = (G + 2) * K * E  # of a token's q, k and v
+        in_cache, own = (slot < root)[:, None], ((slot >= root) & (slot < root + N))[:, None]
+        cache_at = kv + (bk * S + slot).to(tl.int64)[:, None] * E + e[None, :]
+        keys = tl.load(cache_at, mask=in_cache & in_head, other=0.0)  # [SPLIT WIDTH]
+        values = tl.load(cache_at + value_offset, mask=in_cache & in_head, other=0.0)
+        if PDL:
+            gdc_wait()
+        node = row % N
+        q_at = qkv + ((b * N + node) * width + (head * G + row // N) * E)[:, None] + e[None, :]
+        queries = tl.load(q_at, mask=(row < N * G)[:, None] & in_head, other=0.0)  # [ROWS WIDTH]
+        if split * SPLIT + SPLIT > root:  # own tokens; where they lie the cache gave zeros
+            own_at = qkv + (b * N + slot - root)[:, None] * width + (G * K + head) * E + e[None, :]
+            keys += tl.load(own_at, mask=own & in_head, other=0.0)
+            values += tl.load(own_at + K * E, mask=own & in_head, other=0.0)
         scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
-
-        allowed = tl.load(
-            ancestors + node[:, None] * N + (slot - root)[None, :], mask=own[None, :], other=0
-        )
-        scores = tl.where(in_cache[None, :] | (allowed != 0), scores, float("-inf"))
+        seen = ancestors + b * row_ancestors + node[:, None] * N + (slot - root)[None, :]
+        allowed = tl.load(seen, mask=tl.trans(own), other=0)
+        scores = tl.where(tl.trans(in_cache) | (allowed != 0), scores, float("-inf"))
         top = tl.max(scores, axis=1)
         # A row may see nothing in this split.
         p = tl.exp(scores - tl.where(top == float("-inf"), 0.0, top)[:, None])
-
-        values = tl.load(kv + value_offset + cache_at, mask=from_cache, other=0.0)
-        values += tl.load(v + own_at, mask=from_own, other=0.0)
         y = tl.dot(p.to(values.dtype), values, input_precision="ieee")
         here = bk * splits + split
         tl.store(part + (here * ROWS + row)[:, None] * WIDTH + e[None, :], y)
@@ -97,23 +279,416 @@ def _attend_split(
 def _combine_splits(
     part, stats, cached, out, splits,
     N: tl.constexpr, G: tl.constexpr, K: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr,
-    ROWS: tl.constexpr, SPLIT: tl.constexpr,
+    ROWS: tl.constexpr, SPLIT: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Join the live splits of one token and query head, in the order of the slots."""
+    """Join the live splits of one token and query head, sixteen at a time in the slots' order."""
     bn, query_head = tl.program_id(0), tl.program_id(1)
     b, e = bn // N, tl.arange(0, WIDTH)
     row = (query_head % G) * N + bn % N
     here = (b * K + query_head // G) * splits
     live = (tl.load(cached + b) + N + SPLIT - 1) // SPLIT
-    top, total = float("-inf"), 0.0
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    every = tl.arange(0, SPLITS)
+    of_all = stats + (here + every) * 2 * ROWS + row
+    tops = tl.load(of_all, mask=every < live, other=float("-inf"))
+    top = tl.max(tops, axis=0)
+    sums = tl.load(of_all + ROWS, mask=every < live, other=0.0)
+    total = tl.sum(tl.exp(tops - top) * sums, axis=0)
     y = tl.zeros([WIDTH], dtype=tl.float32)
-    split = 0
-    while split < live:
-        split_top = tl.load(stats + (here + split) * 2 * ROWS + row)
-        split_total = tl.load(stats + (here + split) * 2 * ROWS + ROWS + row)
-        split_y = tl.load(part + ((here + split) * ROWS + row) * WIDTH + e)
-        new_top = tl.maximum(top, split_top)
-        old, new = tl.exp(top - new_top), tl.exp(split_top - new_top)
-        y, total, top = y * old + split_y * new, total * old + split_total * new, new_top
-        split += 1
+    start = 0
+    while start < live:
+        split = start + tl.arange(0, 16)
+        in_use = split < live
+        at = (here + split) * 2 * ROWS + row
+        share = tl.exp(tl.load(stats + at, mask=in_use, other=float("-inf")) - top)
+        rows = part + ((here + split) * ROWS + row)[:, None] * WIDTH + e[None, :]
+        y += tl.sum(share[:, None] * tl.load(rows, mask=in_use[:, None], other=0.0), axis=0)
+        start += 16
     tl.store(out + (bn * K * G + query_head) * E + e, y / total, mask=e < E)
+
+
+@torch.library.custom_op("fastspec::attention", mutates_args=())
+def attention(
+    qkv: Tensor, kv: Tensor, cached: Tensor, ancestors: Tensor, n_heads: int,
+    next_weight: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Attention [M, H * E] of q over the first `cached` [B] slots of a contiguous cache
+    kv [2, B, K, S, E], and over the call's own tokens where `ancestors` bool [N, N] or [B, N, N]
+    allows.
+
+    qkv [M, (H + 2 K) * E] are the projections, turned. The own tokens count as slots cached ..
+    cached + N - 1. `next_weight` is brought into the cache meanwhile.
+    """
+    _, B, K, S, E = kv.shape
+    N, G = ancestors.shape[-1], n_heads // K
+    splits = triton.cdiv(S + N, SPLIT)
+    rows = max(16, triton.next_power_of_2(N * G))  # a matrix instruction's least
+    width = triton.next_power_of_2(E)
+    part = qkv.new_empty((B * K, splits, rows, width), dtype=torch.float32)
+    stats = qkv.new_empty((B * K, splits, 2, rows), dtype=torch.float32)
+    out = qkv.new_empty(B * N, n_heads * E)
+    shape = {"N": N, "G": G, "K": K, "E": E, "WIDTH": width, "ROWS": rows, "SPLIT": SPLIT}
+    shape["PDL"] = USE_PDL and qkv.is_cuda
+    pdl = {"launch_pdl": USE_PDL} if qkv.is_cuda else {}
+    extra, size = 0, 0
+    if PREFETCH and next_weight is not None and qkv.is_cuda:
+        size = next_weight.numel()
+        extra = triton.cdiv(size, 128 * LINE.value * B * K)
+    _attend_split[(B * K, splits + extra)](
+        qkv, kv, cached, ancestors, part, stats, E**-0.5, S, kv.stride(0), splits,
+        N * N * (ancestors.dim() - 2), next_weight, size, num_warps=4 if rows < 64 else 8,
+        **shape, **pdl,
+    )  # fmt: skip
+    _combine_splits[(B * N, n_heads)](
+        part, stats, cached, out, splits, SPLITS=triton.next_power_of_2(splits), **shape, **pdl
+    )
+    return out
+
+
+@attention.register_fake
+def _(qkv, kv, cached, ancestors, n_heads, next_weight):
+    return qkv.new_empty(len(qkv), n_heads * kv.shape[-1])
+
+
+def cached_attention(
+    q: Tensor, k: Tensor, v: Tensor, kv: Tensor, cached: Tensor, ancestors: Tensor, mask=None
+) -> Tensor:
+    """model.py's `plain_attention` of q [B, N, H, E], k, v [B, N, K, E]."""
+    B, N, H, E = q.shape
+    qkv = torch.cat((q, k, v), dim=2).view(B * N, -1)
+    return attention(qkv, kv, cached, ancestors, H, None).view(B, N, H, E)
+
+
+# --- the forward pass --------------------------------------------------------------------------
+
+
+@torch.library.custom_op("fastspec::linear", mutates_args=())
+def linear(x: Tensor, w: Tensor, row_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """x [M, C] @ w [R, C]^T, whose rows are multiplied by row_scale [R]."""
+    return small(x, w, row_scale=row_scale, dtype=dtype)[0]
+
+
+@linear.register_fake
+def _(x, w, row_scale, dtype):
+    return x.new_empty(len(x), len(w), dtype=dtype)
+
+
+@torch.library.custom_op("fastspec::qkv_linear", mutates_args=())
+def qkv_linear(
+    x: Tensor, squares: Tensor, eps: float, w: Tensor, bias: Tensor | None, cos: Tensor,
+    sin: Tensor, turned: int,
+) -> Tensor:  # fmt: skip
+    """Projections [M, R] of x [M, C], normed by squares [T, M], the first `turned` of them turned
+    by the angles of cos and sin float32 [M, E / 2]."""
+    angles = (cos, sin)
+    return small(x, w, bias=bias, squares=squares, eps=eps, angles=angles, turned=turned)[0]
+
+
+@qkv_linear.register_fake
+def _(x, squares, eps, w, bias, cos, sin, turned):
+    return x.new_empty(len(x), len(w))
+
+
+@torch.library.custom_op("fastspec::gated_linear", mutates_args=())
+def gated_linear(x: Tensor, squares: Tensor, eps: float, w: Tensor, bias: Tensor | None) -> Tensor:
+    """silu(gate) * up [M, R / 2] of x [M, C], normed by squares [T, M]."""
+    return small(x, w, bias=bias, squares=squares, eps=eps, gated=True)[0]
+
+
+@gated_linear.register_fake
+def _(x, squares, eps, w, bias):
+    return x.new_empty(len(x), len(w) // 2)
+
+
+@torch.library.custom_op("fastspec::add_linear", mutates_args=())
+def add_linear(
+    x: Tensor, w: Tensor, bias: Tensor | None, residual: Tensor, norm: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y = residual + x @ w^T + bias [M, R], y * norm [M, R], and the sums of y^2 [T, M]."""
+    return small(x, w, bias=bias, residual=residual, norm=norm)
+
+
+@add_linear.register_fake
+def _(x, w, bias, residual, norm):
+    squares = x.new_empty(triton.cdiv(len(w), TILE), len(x), dtype=torch.float32)
+    return torch.empty_like(residual), torch.empty_like(residual), squares
+
+
+def fits(args, tokens: int) -> bool:
+    """Whether `forward` takes a model of these args and so many tokens."""
+    sizes = (args.dim, args.ffn_dim, args.head_dim)
+    llama = args.activation == "silu" and not (args.layer_norm or args.learned_positions)
+    return llama and tokens <= MOST_ROWS and all(size % TILE == 0 for size in sizes)
+
+
+def forward(
+    model, tokens: Tensor, positions: Tensor, kv: Tensor, cached: Tensor, ancestors: Tensor,
+    total=None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`Transformer.forward` where `fits` says so. Where ranks share the model, `total` sums what
+    each of them has of a product."""
+
+    def add(y: Tensor, module: nn.Linear, x: Tensor, norm: Tensor):
+        if total is None:
+            return add_linear(y, module.weight, module.bias, x, norm)
+        y = linear(y, module.weight, None, x.dtype)
+        x = x + total(y if module.bias is None else y + module.bias)
+        return x, x * norm, x.float().square().sum(-1)[None]
+
+    args, (B, N) = model.args, tokens.shape
+    eps, turned = args.norm_eps, (args.n_heads + args.n_kv_heads) * args.head_dim
+    norms = [norm.weight for a in model.layers for norm in (a.attention_norm, a.mlp_norm)]
+    norms.append(model.norm.weight)
+    x = model.embed(tokens).flatten(0, 1)  # [M D]
+    weighted, squares = x * norms[0], x.float().square().sum(-1)[None]
+    angles = positions.reshape(-1, 1) * model.inv_freq
+    cos, sin, new_kv = angles.cos(), angles.sin(), []  # [M E/2]
+    for i, (layer, layer_kv) in enumerate(zip(model.layers, kv.unbind(), strict=True)):
+        wqkv, wo, w13, w2 = layer.attention.wqkv, layer.attention.wo, layer.mlp.w13, layer.mlp.w2
+        qkv = qkv_linear(weighted, squares, eps, wqkv.weight, wqkv.bias, cos, sin, turned)
+        y = attention(qkv, layer_kv, cached, ancestors, args.n_heads, wo.weight)
+        x, weighted, squares = add(y, wo, x, norms[2 * i + 1])
+        z = gated_linear(weighted, squares, eps, w13.weight, w13.bias)
+        x, weighted, squares = add(z, w2, x, norms[2 * i + 2])
+        new_kv.append(qkv.view(B, N, -1, args.head_dim)[:, :, args.n_heads :])
+    scale = torch.rsqrt(squares.sum(0) / args.dim + eps)[:, None]
+    hidden = (weighted * scale).to(x.dtype).view(B, N, -1)
+    new_kv = torch.stack(new_kv).unflatten(3, (2, -1))  # [L B N 2 K E]
+    return hidden, new_kv.permute(0, 3, 1, 4, 2, 5)
+
+
+def few_rows(x: Tensor, w: Tensor, dtype: torch.dtype, row_scale: Tensor | None = None) -> Tensor:
+    """x [..., C] @ w [R, C]^T in `dtype`, by whichever way is faster for so many rows."""
+    rows = x.flatten(0, -2)
+    if len(rows) <= MOST_ROWS:
+        y = linear(rows, w, row_scale, dtype)
+    else:
+        y = F.linear(rows, w.to(x.dtype)).to(dtype)
+        y = y if row_scale is None else y * row_scale
+    return y.unflatten(0, x.shape[:-1])
+
+
+class SmallLinear(nn.Module):
+    """An nn.Linear without bias for few rows, whose results are in `dtype` without a rounding in
+    between; eight_bit: its weight in int8, with a scale for each row."""
+
+    def __init__(self, source: nn.Linear, dtype: torch.dtype, eight_bit: bool):
+        super().__init__()
+        self.weight, self.row_scale, self.dtype = source.weight, None, dtype
+        if eight_bit:
+            top = source.weight.abs().amax(1, keepdim=True).float().clamp(min=1e-20)
+            weight = (source.weight.float() * (127 / top)).round_().to(torch.int8)
+            self.weight = nn.Parameter(weight, requires_grad=False)
+            self.row_scale = nn.Parameter(top[:, 0] / 127, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return few_rows(x, self.weight, self.dtype, self.row_scale)
+
+
+def replace_linears(speculator: nn.Module, eight_bit: bool) -> None:
+    """Let a speculator's products run as small ones, its heads (almost all of it) in 8 bits."""
+    for name, module in list(speculator.named_modules()):
+        if isinstance(module, nn.Linear):
+            parent, _, last = name.rpartition(".")
+            head = parent.split(".")[-1] == "head"
+            dtype = torch.float32 if head else module.weight.dtype
+            new = SmallLinear(module, dtype, head and eight_bit)
+            setattr(speculator.get_submodule(parent), last, new)
+
+
+# --- choosing tokens ---------------------------------------------------------------------------
+# fastspec.py's `kept_tokens`, `noise` and argmax. A pass of `_search` tries 32 thresholds at once
+# where the plain search tries one: six passes find 30 bits.
+
+BLOCK = 4096  # tokens of a program
+PIECE = 512  # of which so many at once
+SHIFTS = (25, 20, 15, 10, 5, 0)
+
+
+@triton.jit
+def _mix(h):
+    h = (h ^ (h >> 16)) * 0x85EBCA6B
+    h = (h ^ (h >> 13)) * 0xC2B2AE35
+    return h ^ (h >> 16)
+
+
+@triton.jit
+def _noise(seed, position, token):
+    """Gumbel noise of tokens: `noise` and `gumbel` of fastspec.py."""
+    low, high = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+    position = position.to(tl.uint32)
+    a = _mix(_mix(low + position * 2654435769) ^ high)
+    b = _mix(_mix(high - position * 1013904223) + a)
+    h = _mix(_mix(token.to(tl.uint32) + a) ^ b)
+    v = tl.minimum((h.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.99999994)
+    # -log1p(-v), by its series where 1 - v would round.
+    w = tl.where(v < 0.03, v * (1 + v * (0.5 + v * (0.33333334 + v * 0.25))), -tl.log(1 - v))
+    return -tl.log(w)
+
+
+@triton.jit
+def _row_max(logits, tops, V, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    row, block = tl.program_id(0), tl.program_id(1)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    v = block * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(logits + row.to(tl.int64) * V + v, mask=v < V, other=float("-inf"))
+    tl.store(tops + row * tl.num_programs(1) + block, tl.max(x, axis=0))
+
+
+@triton.jit
+def _found(sums, found, goal, row, blocks, shift, BLOCKS: tl.constexpr):
+    """The bits known after the pass that left these sums: the largest of its 32 thresholds that
+    reaches the goal, added to the bits found before."""
+    b, j = tl.arange(0, BLOCKS), tl.arange(0, 32)
+    at = (row * blocks + b)[:, None] * 32 + j[None, :]
+    total = tl.sum(tl.load(sums + at, mask=(b < blocks)[:, None], other=0.0), axis=0)
+    best = tl.max(tl.where(total >= goal, j, 0), axis=0)
+    return found | (best << shift), tl.max(total, axis=0)
+
+
+@triton.jit
+def _search(
+    logits, tops, temperature, setting, top_k, k_found, found, goal, sums, V, n, blocks,
+    STAGE: tl.constexpr, BY_MASS: tl.constexpr, BLOCK: tl.constexpr, PIECE: tl.constexpr,
+    BLOCKS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One pass of the search of one row: the count (top-k) or mass (top-p) that each of 32
+    thresholds on exp((logit - max) / T) leaves in this block, into sums[STAGE]."""
+    row, block = tl.program_id(0), tl.program_id(1)
+    rows = tl.num_programs(0)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    wanted = tl.load(setting + row // n)
+    active = wanted < 1 if BY_MASS else wanted > 0
+    if active:
+        size = rows * blocks * 32
+        bits = tl.zeros([], dtype=tl.int32)
+        if STAGE > 0:
+            if STAGE > 1:
+                bits = tl.load(found + (STAGE - 1) * rows + row)
+            aim = wanted.to(tl.float32)
+            if BY_MASS and STAGE > 1:
+                aim = tl.load(goal + row)
+            elif BY_MASS:  # of what top-k left: the mass above threshold 0
+                _, left = _found(sums, 0, 0.0, row, blocks, 0, BLOCKS)
+                aim = wanted * left
+            last = sums + (STAGE - 1) * size
+            bits, _ = _found(last, bits, aim, row, blocks, 30 - 5 * STAGE, BLOCKS)
+            if block == 0:
+                tl.store(found + STAGE * rows + row, bits)
+                if BY_MASS:
+                    tl.store(goal + row, aim)
+        if STAGE < 6:
+            b = tl.arange(0, BLOCKS)
+            top = tl.load(tops + row * blocks + b, mask=b < blocks, other=float("-inf"))
+            top = tl.max(top, axis=0)
+            scale = 1 / tl.maximum(tl.load(temperature + row // n), 1e-6)
+            threshold = (bits | (tl.arange(0, 32) << (25 - 5 * STAGE))).to(tl.float32, bitcast=True)
+            floor = tl.zeros([], dtype=tl.float32)
+            if BY_MASS and tl.load(top_k + row // n) > 0:
+                floor = tl.load(k_found + 6 * rows + row).to(tl.float32, bitcast=True)
+            total = tl.zeros([32], dtype=tl.float32)
+            for start in tl.static_range(0, BLOCK, PIECE):
+                v = block * BLOCK + start + tl.arange(0, PIECE)
+                x = tl.load(logits + row.to(tl.int64) * V + v, mask=v < V, other=float("-inf"))
+                p = tl.exp((x - top) * scale)
+                worth = tl.where((v < V) & (p >= floor), p if BY_MASS else 1.0, 0.0)
+                reached = p[:, None] >= threshold[None, :]
+                total += tl.sum(tl.where(reached, worth[:, None], 0.0), axis=0)
+            here = (row * blocks + block) * 32 + tl.arange(0, 32)
+            tl.store(sums + STAGE * size + here, total)
+
+
+@triton.jit
+def _choose(
+    logits, ids, temperature, seed, position, tops, top_k, top_p, min_p, k_found, p_found,
+    best, out, count, V, n, blocks,
+    BLOCK: tl.constexpr, BLOCKS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """argmax over the kept tokens of logits + T * noise; the last block of a row compares all."""
+    row, block = tl.program_id(0), tl.program_id(1)
+    rows = tl.num_programs(0)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    v, b = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, BLOCKS)
+    x = tl.load(logits + row.to(tl.int64) * V + v, mask=v < V, other=float("-inf"))
+    score = x
+    if temperature is not None:
+        T = tl.load(temperature + row // n)
+        token = v
+        if ids is not None:
+            token = tl.load(ids + v, mask=v < V, other=0)
+        score += T * _noise(tl.load(seed + row // n), tl.load(position + row), token)
+        if top_k is not None:
+            top = tl.load(tops + row * blocks + b, mask=b < blocks, other=float("-inf"))
+            p = tl.exp((x - tl.max(top, axis=0)) * (1 / tl.maximum(T, 1e-6)))
+            least = tl.load(min_p + row // n)
+            if tl.load(top_k + row // n) > 0:
+                bits = tl.load(k_found + 6 * rows + row)
+                least = tl.maximum(least, bits.to(tl.float32, bitcast=True))
+            if tl.load(top_p + row // n) < 1:
+                bits = tl.load(p_found + 6 * rows + row)
+                least = tl.maximum(least, bits.to(tl.float32, bitcast=True))
+            score = tl.where(p >= least, score, float("-inf"))
+    value, where = tl.max(score, axis=0, return_indices=True)
+    here = best + (row * blocks + block) * 2
+    tl.store(here, value)
+    tl.store(here + 1, (block * BLOCK + where).to(tl.float32, bitcast=True))
+    tl.debug_barrier()
+    if tl.atomic_add(count + row, 1, sem="acq_rel") == blocks - 1:
+        at = best + (row * blocks + b) * 2
+        values = tl.load(at, mask=b < blocks, other=float("-inf"), cache_modifier=".cg")
+        columns = tl.load(at + 1, mask=b < blocks, other=0.0, cache_modifier=".cg")
+        first = tl.argmax(values, axis=0)  # of equal ones the first, as torch's
+        column = tl.sum(tl.where(b == first, columns.to(tl.int32, bitcast=True), 0), axis=0)
+        tl.store(out + row, column.to(tl.int64))
+        tl.store(count + row, 0)
+
+
+@torch.library.custom_op("fastspec::choose", mutates_args=())
+def choose(
+    logits: Tensor, ids: Tensor | None, position: Tensor | None, temperature: Tensor | None,
+    seed: Tensor | None, top_k: Tensor | None, top_p: Tensor | None, min_p: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Column [B, n] chosen from float32 logits [B, n, V] of the tokens `ids` [V] (None: all).
+
+    With temperature and seed [B] noise of the absolute positions [B, n] is added, with top_k,
+    top_p and min_p [B] the tokens are filtered first.
+    """
+    B, n, V = logits.shape
+    blocks = triton.cdiv(V, BLOCK)
+    cuda = logits.is_cuda
+    options = {"BLOCK": BLOCK, "BLOCKS": triton.next_power_of_2(blocks), "PDL": cuda}
+    options |= {"launch_pdl": True} if cuda else {}
+    grid, floats = (B * n, blocks), {"dtype": torch.float32, "device": logits.device}
+    tops = k_found = p_found = None
+    if top_k is not None:
+        tops = torch.empty(B * n, blocks, **floats)
+        plain = {k: v for k, v in options.items() if k != "BLOCKS"}
+        _row_max[grid](logits, tops, V, **plain)
+        k_found, p_found = torch.empty(2, 7, B * n, dtype=torch.int32, device=logits.device)
+        sums, goal = torch.empty(6, B * n, blocks, 32, **floats), torch.empty(B * n, **floats)
+        for setting, found, by_mass in ((top_k, k_found, False), (top_p, p_found, True)):
+            for stage in range(7):
+                _search[(B * n, blocks if stage < 6 else 1)](
+                    logits, tops, temperature, setting, top_k, k_found, found, goal, sums, V, n,
+                    blocks, STAGE=stage, BY_MASS=by_mass, PIECE=PIECE, **options,
+                )  # fmt: skip
+    best = torch.empty(B * n, blocks, 2, **floats)
+    out = torch.empty(B, n, dtype=torch.int64, device=logits.device)
+    _choose[grid](
+        logits, ids, temperature, seed, position, tops, top_k, top_p, min_p, k_found, p_found,
+        best, out, counters(logits.device), V, n, blocks, **options,
+    )  # fmt: skip
+    return out
+
+
+@choose.register_fake
+def _(logits, *_):
+    return logits.new_empty(logits.shape[:2], dtype=torch.int64)

@@ -291,8 +291,9 @@ class Transformer(nn.Module):
         """Final-norm hidden states [B, N, D] and `tokens`' keys and values [L, 2, B, K, N, E].
 
         tokens, positions: int64 [B, N]; kv: [L, 2, B, K, S, E], of which the first `cached` [B]
-        slots of each row are seen by all its tokens; ancestors: bool [N, N], True where token n
-        (row) sees token m (column) of this call. `attend` replaces `plain_attention`.
+        slots of each row are seen by all its tokens; ancestors: bool [N, N], or [B, N, N] of each
+        row, True where token n (row) sees token m (column) of this call. `attend` replaces
+        `plain_attention`.
         """
         B, S = tokens.shape[0], kv.shape[-2]
         in_cache = torch.arange(S, device=kv.device) < cached[:, None, None]  # [B 1 S]
@@ -419,28 +420,31 @@ def load_model(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     progress: Callable[[Iterable[str]], Iterable[str]] = iter,
+    local_args: ModelArgs | None = None,
+    part: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor,
 ) -> Transformer:
     """Target model from a directory with config.json and weights: safetensors, or if there are
     none torch's .bin, as one file or as shards with their index.
 
     Files are mapped, not read: tensors go to `device` one at a time, and the host needs room for
-    one. `progress` may wrap the list of their names. Raises ValueError naming file and tensor when
-    something is missing, unknown, of another shape, cut off or not finite; names, shapes and types
-    are all checked before the first weight is read.
+    one. `progress` may wrap the list of their names. For a part of the model, `local_args` gives
+    its shape and part(name, tensor) what it holds of a stored tensor. Raises ValueError naming
+    file and tensor when something is missing, unknown, of another shape, cut off or not finite;
+    names, shapes and types are all checked before the first weight is read.
     """
     directory = Path(directory)
     args = ModelArgs.from_config(read_json(directory / "config.json"))
     with torch.device("meta"):
-        model = Transformer(args).to(dtype)
+        whole, model = Transformer(args), Transformer(local_args or args).to(dtype)
     found = map_weights(directory)
-    check_weights(directory, found, hf_tensors(model), args)
+    check_weights(directory, found, hf_tensors(whole), args)
     if args.tie_embeddings:
         del model.output.weight  # to_empty would give it memory of its own
     model.to_empty(device=device)
     if args.tie_embeddings:
         model.output.weight = model.embed.weight
     model.inv_freq = rope_frequencies(args).to(device)
-    copy_tensors(found, hf_tensors(model), progress)
+    copy_tensors(found, hf_tensors(model), progress, part)
     return model.eval().requires_grad_(False)
 
 
@@ -555,13 +559,16 @@ def check_weights(where: Path, found: dict, wanted: dict[str, Tensor], args: Mod
 
 
 @torch.no_grad()
-def copy_tensors(found: dict, targets: dict[str, Tensor], progress: Callable) -> None:
-    """Fill the targets one at a time, file by file; each must turn out finite."""
+def copy_tensors(
+    found: dict, targets: dict[str, Tensor], progress: Callable, part: Callable
+) -> None:
+    """Fill the targets one at a time, file by file, with parts of what was found; each must turn
+    out finite."""
     ranges = {}
     for name in progress(sorted(targets, key=lambda name: found[name][0])):
         file, tensor = found.pop(name)  # a file is unmapped with its last tensor
         target = targets[name]
-        target.copy_(tensor.to(target.device))  # a change of dtype happens on the device
+        target.copy_(part(name, tensor).to(target.device))  # another dtype: made on the device
         ranges[file, name] = torch.stack(target.aminmax())
     finite = torch.stack(list(ranges.values())).isfinite().all(1).tolist()  # one wait for all
     if bad := [where for where, good in zip(ranges, finite, strict=True) if not good]:

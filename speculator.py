@@ -6,13 +6,14 @@ This file needs only torch and safetensors: copy it into another repository as i
 
 Letters in shape comments:
     B rows (sequences)     D the target's hidden width (emb_dim)     W inner_dim     V vocabulary
+    C nodes at one depth of a tree
 """
 
 import json
 import math
 import pickle
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -194,6 +195,65 @@ class MLPSpeculator(nn.Module):
             drafts.append(token)
         return torch.stack(drafts, dim=1)
 
+    def draft_tree(
+        self,
+        hidden: Tensor,
+        token: Tensor,
+        position: Tensor,
+        top_k: Sequence[int],
+        nodes: int,
+        score: Callable[..., Tensor] = lambda logits, position, ids: logits,
+    ) -> tuple[Tensor, Tensor]:
+        """A tree of draft tokens: the tokens and the parents of its nodes, both int64 [B, nodes].
+
+        Node 0 is the root, `token`, and its own parent; a parent comes before its children. Head i
+        gives each node at depth i the top_k[i] children of the highest scores, and the tree is the
+        `nodes` likeliest by the product of probabilities from the root, which are closed under
+        parents. hidden, token and position are as for `draft`; score(logits [B, C, V or drafted],
+        position [B], draft_ids) gives the logits whose softmax are the probabilities.
+        """
+        state, token = self.start(hidden)[:, None], token[:, None]  # [B C D], [B C]
+        joint = torch.zeros(token.shape, device=token.device)  # log-probability from the root
+        levels, first = [(token, torch.zeros_like(token), joint)], 0
+        for i, k in enumerate(top_k):
+            state, logits = self.step(i, state, token)
+            scores = score(logits, position + i + 1, self.draft_ids)
+            most = nodes - 1 - i  # below here: the tree has i nodes between, where it is so deep
+            child, gain = top_children(scores, min(k, most))
+            C, k = child.shape[1:]
+            parent = (torch.arange(C * k, device=child.device) // k).expand(child.shape[0], -1)
+            token, joint = child.flatten(1), (joint[..., None] + gain).flatten(1)  # [B C*k]
+            if C * k > most:
+                keep = torch.argsort(joint, dim=1, descending=True, stable=True)[:, :most]
+                token, joint, parent = (x.gather(1, keep) for x in (token, joint, parent))
+            token = token if self.draft_ids is None else self.draft_ids[token]
+            levels.append((token, parent + first, joint))
+            first += C
+            state = state.take_along_dim(parent[..., None], dim=1)  # [B C W], of the new C
+        tokens, parents, joints = (torch.cat(part, dim=1) for part in zip(*levels, strict=True))
+        # A child's joint probability is at most its parent's, which stands before it; equal ones
+        # keep their order: so the first `nodes` hold the parent of each of theirs, before it.
+        order = torch.argsort(joints, dim=1, descending=True, stable=True)
+        rank, kept = order.argsort(dim=1), order[:, :nodes]
+        return tokens.gather(1, kept), rank.gather(1, parents.gather(1, kept))
+
+
+# Smallest log-probability of a token: sums of a few stay finite, whatever the logits are.
+LEAST = -1e4
+
+
+def top_children(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Columns [B, C, k] of the k highest of scores [B, C, V], and their log-softmax: highest
+    first, of equal ones the lowest column."""
+    columns, total, rest = [], scores.logsumexp(-1, keepdim=True), scores
+    every = torch.arange(scores.shape[-1], device=scores.device)
+    for _ in range(k):
+        columns.append(rest.argmax(-1, keepdim=True))
+        rest = torch.where(every == columns[-1], -torch.inf, rest)
+    found = torch.cat(columns, dim=-1)
+    gain = scores.gather(-1, found) - total
+    return found, torch.where(gain > LEAST, gain, LEAST).clamp(max=0)  # NaN is LEAST, too
+
 
 # --- weights -----------------------------------------------------------------------------------
 
@@ -203,14 +263,16 @@ def load_speculator(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     progress: Callable[[Iterable[str]], Iterable[str]] = iter,
+    part: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor,
 ) -> MLPSpeculator:
     """Speculator from a directory with config.json and weights: safetensors, or if there are none
     torch's .bin, as one file or as shards with their index.
 
     Tensor names may carry the prefix `speculator.`; tied tensors may be stored once or under
-    every alias. Files are mapped, not read: tensors go to `device` one at a time. Raises
-    ValueError naming file and tensor when something does not fit or is not finite; names, shapes
-    and types are checked before the first weight is read.
+    every alias. Files are mapped, not read: tensors go to `device` one at a time. With `part`,
+    only part(name, tensor) of each is built and read. Raises ValueError naming file and tensor
+    when something does not fit or is not finite; names, shapes and types are checked before the
+    first weight is read.
     """
     directory = Path(directory)
     args = SpeculatorArgs.from_config(_read_json(directory / "config.json"))
@@ -219,10 +281,12 @@ def load_speculator(
     found = _map_weights(directory)
     ids = _draft_ids(directory, found, args)
     _check(directory, found, _tensor_names(model))
+    for name, param in model.named_parameters():
+        param.data = part(name, param.data).contiguous()
     model.to_empty(device=device)
     if ids is not None:
         model.set_draft_ids(ids.to(device))
-    _copy_tensors(found, _tensor_names(model), progress)
+    _copy_tensors(found, _tensor_names(model), progress, part)
     return model.eval().requires_grad_(False)
 
 
@@ -277,12 +341,16 @@ def _check(where: Path, found: dict, wanted: dict[str, Tensor]) -> None:
             )
 
 
-def _copy_tensors(found: dict, targets: dict[str, Tensor], progress: Callable) -> None:
-    """Fill the targets one at a time; each must turn out finite, and tied tensors equal."""
+def _copy_tensors(
+    found: dict, targets: dict[str, Tensor], progress: Callable, part: Callable
+) -> None:
+    """Fill the targets one at a time with parts of what was found; each must turn out finite, and
+    tied tensors equal."""
     copied: dict[int, Tensor] = {}
     ranges = {}
     for name in progress(sorted(found, key=lambda name: found[name][0])):
         (file, stored, tensor), target = found[name], targets[name]
+        tensor = part(name, tensor)
         first = copied.setdefault(id(target), tensor)
         if first is tensor:
             target.copy_(tensor.to(target.device))  # a change of dtype happens on the device

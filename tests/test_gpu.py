@@ -32,14 +32,17 @@ def model():
     return model
 
 
+TREE = {"tree": 16, "top_k_tokens_per_head": (4, 3, 2)}
+
+
 @pytest.fixture
-def engine(model):
+def engine(model, request):
+    """Of a chain, or with the options of the test's parameter."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    speculator = fill(MLPSpeculator(SPECULATOR))
-    return Engine(
-        model, speculator, num_draft_tokens=3, batch_size=2, max_seq_len=2048, compiled=True
-    )
+    options = {"num_draft_tokens": 3, "batch_size": 2, "max_seq_len": 2048, "compiled": True}
+    options |= getattr(request, "param", {})
+    return Engine(model, fill(MLPSpeculator(SPECULATOR)), **options)
 
 
 def prompt(length, seed=0):
@@ -64,6 +67,7 @@ def compiled_so_far():
     return counters["stats"]["unique_graphs"], counters["inductor"]["cudagraph_skips"], recorded
 
 
+@pytest.mark.parametrize("engine", [{}, TREE], ids=["chain", "tree"], indirect=True)
 @pytest.mark.parametrize("noisy", [False, True])
 def test_step_is_a_single_graph_replay(engine, noisy):
     params = SamplingParams(temperature=0.8 * noisy, top_p=0.9, max_tokens=500)

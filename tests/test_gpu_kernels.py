@@ -11,13 +11,15 @@ from gpu_kernels import SPLIT, cached_attention
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def attention_inputs(B, N, H, K, E, S, cached, dtype=torch.float32, seed=0):
-    """Random q, k, v and cache, a random tree of nodes, and the mask that plain attention takes."""
+def attention_inputs(B, N, H, K, E, S, cached, dtype=torch.float32, seed=0, trees=1):
+    """Random q, k, v and cache, a random tree of nodes (one of all rows, or of each: `trees` = B),
+    and the mask that plain attention takes."""
     torch.manual_seed(seed)
     shapes = [(B, N, H, E), (B, N, K, E), (B, N, K, E), (2, B, K, S, E)]
     q, k, v, kv = (torch.randn(shape, device=DEVICE, dtype=dtype) for shape in shapes)
-    ancestors = (torch.rand(N, N) < 0.5).tril(-1) | torch.eye(N, dtype=torch.bool)
-    ancestors[:, 0] = True
+    ancestors = (torch.rand(trees, N, N) < 0.5).tril(-1) | torch.eye(N, dtype=torch.bool)
+    ancestors[..., 0] = True
+    ancestors = ancestors[0] if trees == 1 else ancestors
     cached = torch.tensor(cached)
     in_cache = (torch.arange(S) < cached[:, None, None]).expand(-1, N, -1)
     mask = torch.cat((in_cache, ancestors.expand(B, -1, -1)), dim=-1).repeat(1, H // K, 1)
@@ -38,6 +40,14 @@ def attention_inputs(B, N, H, K, E, S, cached, dtype=torch.float32, seed=0):
 def test_attention_equals_plain(B, N, H, K, E, S, cached):
     """float32, summed in another order: about 1e-6 relative."""
     inputs = attention_inputs(B, N, H, K, E, S, cached)
+    torch.testing.assert_close(
+        cached_attention(*inputs), plain_attention(*inputs), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_each_row_has_its_own_tree():
+    """float32, as above."""
+    inputs = attention_inputs(2, 7, 2, 1, 16, 80, [0, SPLIT - 3], trees=2)
     torch.testing.assert_close(
         cached_attention(*inputs), plain_attention(*inputs), rtol=1e-4, atol=1e-5
     )

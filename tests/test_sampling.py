@@ -368,6 +368,17 @@ def draws(engine):
 
 
 @pytest.fixture(scope="module")
+def tree_draws(checkpoints):
+    """As `draws`, with a tree of 12 candidates per step."""
+    target, draft = load_model(checkpoints[0]), load_speculator(checkpoints[1])
+    options = {"batch_size": 60, "max_seq_len": 16, "num_draft_tokens": 3}
+    tree = {"tree": 12, "top_k_tokens_per_head": (4, 3, 2)}
+    tokens, accepted = draw(Engine(target, draft, **options, **tree), [*SETTINGS.values()] * 700)
+    assert sum(accepted) > 0
+    return {name: tokens[i :: len(SETTINGS)] for i, name in enumerate(SETTINGS)}
+
+
+@pytest.fixture(scope="module")
 def exact(checkpoints):
     """{setting: probability [V, V, V] of the three tokens}, by transformers' model and filters."""
     model = LlamaForCausalLM.from_pretrained(checkpoints[0])
@@ -409,6 +420,13 @@ def test_tokens_have_the_exact_distribution(draws, exact, name, where):
     """With a speculator that is often wrong, by output position and jointly over two of them,
     never given which step a token came from. Chance of failure: 10^-6 each, 2 x 10^-5 in all."""
     assert p_value(draws[name], exact[name], where) > LIMIT
+
+
+@pytest.mark.parametrize("where", WHERE.values(), ids=WHERE)
+@pytest.mark.parametrize("name", SETTINGS)
+def test_tokens_of_trees_have_the_exact_distribution(tree_draws, exact, name, where):
+    """As of chains, and with their chance of failure."""
+    assert p_value(tree_draws[name], exact[name], where) > LIMIT
 
 
 @pytest.mark.parametrize("where", WHERE.values(), ids=WHERE)

@@ -1,0 +1,417 @@
+"""bench.py on tiny models, in float32 on the CPU: its arithmetic, its rows, its options."""
+
+import json
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_model import BASES
+from test_speculator import PUBLISHED
+
+import bench
+from bench import Ceiling, Need, Weights, number, run_summary, shape_configs
+from fastspec import TARGETS, Engine
+from model import ModelArgs, Transformer
+from speculator import MLPSpeculator, SpeculatorArgs
+
+ACCELERATORS = {
+    "llama2-13b": "llama-13b-accelerator",
+    "llama2-70b": "llama2-70b-accelerator",
+    "llama3-8b": "llama3-8b-accelerator",
+    "llama3-70b": "llama3-70b-accelerator",
+    "codellama-34b": "codellama-34b-accelerator",
+    "granite-3b": "granite-3b-code-instruct-accelerator",
+    "granite-7b": "granite-7b-instruct-accelerator",
+    "granite-8b": "granite-8b-code-instruct-accelerator",
+    "granite-20b": "granite-20b-code-instruct-accelerator",
+}
+TINY = ((48, 3, 6, 2, 64, 97, 512), bench.LLAMA, 32, 3, {})
+KEYS = {"mode", "nodes", "batch", "prompts", "temperature", "ms_per_step", "draft_ms", "verify_ms"}
+KEYS |= {"tokens_per_step", "tokens_per_s", "total_tokens_per_s", "speedup", "floor_ms"}
+KEYS |= {"floor_fraction", "gb_per_step", "ttft_ms", "peak_gb"}
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """A ceiling that is known, and measured in no time; a shape that is tiny."""
+    monkeypatch.setattr(bench, "measure_ceiling", lambda *_: Ceiling(1e9, 1e12))
+    monkeypatch.setitem(bench.SHAPES, "tiny", TINY)
+
+
+@pytest.fixture
+def main(capsys):
+    """Runs the command line; returns what it printed and the rows of its last line."""
+
+    def run(*argv):
+        options = ["--device", "cpu", "--dtype", "float32", "--max-new-tokens", "16"]
+        code = bench.main([*options, *map(str, argv)])
+        out, err = capsys.readouterr()
+        assert code == 0, err
+        document = json.loads(out.splitlines()[-1])
+        return out, document, document["rows"]
+
+    return run
+
+
+@pytest.fixture
+def error(capsys):
+    def run(*argv):
+        assert bench.main(["--device", "cpu", "--dtype", "float32", *map(str, argv)]) == 1
+        out, err = capsys.readouterr()
+        assert out == "" and err.startswith("bench: ") and err.count("\n") == 1
+        return err
+
+    return run
+
+
+def on_meta(name):
+    target, speculator = shape_configs(name)
+    with torch.device("meta"):
+        return (
+            Transformer(ModelArgs.from_config(target)).bfloat16(),
+            MLPSpeculator(SpeculatorArgs.from_config(speculator)).bfloat16(),
+        )
+
+
+# ---- shapes ----
+
+
+@pytest.mark.parametrize("name", ACCELERATORS)
+def test_shapes_are_the_published_ones(name):
+    accelerator = ACCELERATORS[name]
+    target, speculator = shape_configs(name)
+    assert ModelArgs.from_config(target) == BASES[TARGETS[accelerator].rpartition("/")[2]][1]
+    args = SpeculatorArgs.from_config(speculator)
+    fields = ("emb_dim", "inner_dim", "n_predict", "vocab_size", "tie_weights", "scale_input")
+    published = {"tie_weights": False, "scale_input": False} | PUBLISHED[accelerator][0]
+    assert {f: getattr(args, f) for f in fields} == {f: published[f] for f in fields}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_random_weights_are_tied_where_the_shape_is_and_differ_elsewhere(tied, monkeypatch):
+    monkeypatch.setitem(
+        bench.SHAPES, "tiny", (TINY[0], bench.GRANITE if tied else bench.LLAMA, 32, 3, {})
+    )
+    where = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
+    model, speculator = (bench.random_weights(m, where) for m in on_meta("tiny"))
+    assert (model.output.weight is model.embed.weight) is tied
+    # 0.02 within six standard errors of 97 * 48 draws' deviation (0.02 / sqrt(2 * 4656) = 0.0002).
+    assert abs(model.embed.weight.std() - 0.02) < 0.0013
+    assert (model.norm.weight == 1).all() and model.inv_freq.dtype == torch.float32
+    assert not torch.equal(speculator.head[0].weight, speculator.head[1].weight)
+    assert (speculator.ln[0].weight == 1).all() and (speculator.ln[0].bias == 0).all()
+
+
+# ---- what a step needs ----
+
+
+def test_weights_of_a_step_at_llama3_8b():
+    """By hand: per layer qkv 4096 x 6144, out 4096 x 4096, gate and up 4096 x 28672, down 14336 x
+    4096 and two norms; one more norm and the output layer; no embedding table."""
+    model, speculator = on_meta("llama3-8b")
+    layer = 4096 * (6144 + 4096 + 28672 + 14336) + 2 * 4096
+    numbers = 32 * layer + 4096 + 128256 * 4096
+    assert bench.target_weights(model) == (numbers, 2 * numbers)
+    assert f"{2 * numbers / 1e9:.3f}" == "15.010"
+    heads = 4096 * 3072 + 3 * 3072 * 3072 + 4 * (128256 * 3072 + 2 * 3072)
+    assert bench.draft_weights(speculator, 4) == (heads, 2 * heads)
+    two = 4096 * 3072 + 3072 * 3072 + 2 * (128256 * 3072 + 2 * 3072)
+    assert bench.draft_weights(speculator, 2) == (two, 2 * two)
+
+
+# Whole drafts in GB, 16-bit, from widths alone: a tied head is read once per token.
+DRAFTS = {"llama2-13b": 0.90, "llama2-70b": 2.63, "llama3-8b": 3.23, "llama3-70b": 8.94}
+DRAFTS |= {"codellama-34b": 3.29, "granite-3b": 2.17, "granite-7b": 1.48, "granite-8b": 2.18}
+DRAFTS |= {"granite-20b": 1.76}
+
+
+@pytest.mark.parametrize("name", DRAFTS)
+def test_draft_bytes_of_the_nine(name):
+    speculator = on_meta(name)[1]
+    nbytes = bench.draft_weights(speculator, speculator.args.n_predict).nbytes
+    assert nbytes / 1e9 == pytest.approx(DRAFTS[name], abs=0.0051)  # two digits
+
+
+def test_a_tied_table_counts_once_as_the_output_layer():
+    model, _ = on_meta("granite-3b")
+    everything = sum(p.nbytes for p in model.parameters())
+    assert bench.target_weights(model).nbytes == everything
+
+
+def test_bytes_follow_the_stored_type():
+    speculator = on_meta("tiny")[1]
+    wide = bench.draft_weights(speculator, 3)
+    head = speculator.head[0]
+    weight = head.weight
+    del head.weight
+    head.register_buffer("weight", weight.to(torch.int8))
+    narrow = bench.draft_weights(speculator, 3)
+    assert narrow.numbers == wide.numbers and wide.nbytes - narrow.nbytes == 97 * 32
+
+
+def test_need_and_floor_by_hand():
+    model, _ = on_meta("tiny")
+    with torch.device("meta"):
+        engine = Engine(model, batch_size=2, max_seq_len=64)
+    assert bench.kv_token_bytes(engine) == 3 * 2 * 2 * 8 * 2  # layers, k and v, KV heads, dim, bf16
+    need = bench.step_need(Weights(1000, 2000), Weights(100, 150), engine, 4, 50.0, 2)
+    assert need.nbytes == 2000 + 150 + 2 * 50 * 192
+    # A product is two operations; scores and values take two products of heads * dim each.
+    assert need.flops == 2 * (1000 * 8 + 100 * 2) + 4 * 8 * 50 * 3 * 6 * 8
+    assert need.floor_ms(Ceiling(1e6, 1e12)) == pytest.approx(21.35)
+    assert need.floor_ms(Ceiling(1e12, 1e6)) == pytest.approx(need.flops / 1e3)
+
+
+# ---- runs and rows ----
+
+
+def test_a_run_by_hand():
+    """Gaps of 1, 1, 7 (a prefill) and 2 s: the median is 1.5 s. Two answers of 10 tokens."""
+    run = run_summary([0, 1, 2, 9, 11], [0.3, 0.5], [(100, 10, 3), (50, 10, 2)], 20.0)
+    assert (run.step_ms, run.ttft_ms, run.tokens, run.steps) == (1500, 400, 20, 5)
+    assert run.live == pytest.approx((105 * 3 + 55 * 2) / 5)
+
+
+def test_answers_too_short_to_time_are_refused():
+    with pytest.raises(ValueError, match="too short to time"):
+        run_summary([0, 1], [0.3], [(100, 2, 2)], 1.0)
+
+
+def make_row(step_ms, tokens, steps, nodes):
+    runs = [
+        run_summary([0, t, 2 * t], [0.1], [(10, tokens, steps)], 2.0) for t in (9, step_ms / 1e3)
+    ]
+    runs.append(runs[1])  # the median of three rounds is that of two
+    return bench.new_row(
+        "plain" if nodes == 1 else "chain", nodes, runs, Need(5e6, 0), Ceiling(1e9, 1e12)
+    )
+
+
+def test_rows_by_hand():
+    rows = [make_row(10, 50, 50, 1), make_row(12.5, 50, 20, 4)]
+    bench.compare(rows, random=False, assumed=3.0)
+    plain, chain = rows
+    assert plain["ms_per_step"] == pytest.approx(10) and plain["floor_ms"] == pytest.approx(5)
+    assert plain["floor_fraction"] == pytest.approx(0.5) and plain["gb_per_step"] == 0.005
+    assert (plain["tokens_per_step"], chain["tokens_per_step"]) == (1.0, 2.5)
+    assert plain["tokens_per_s"] == pytest.approx(100) and chain["tokens_per_s"] == pytest.approx(
+        200
+    )
+    assert chain["total_tokens_per_s"] == pytest.approx(25)  # 50 tokens in 2 s
+    assert (plain["speedup"], chain["speedup"]) == (1.0, pytest.approx(2))
+    assert plain["projected_speedup"] is None
+    assert chain["projected_speedup"] == pytest.approx(3 * 10 / 12.5)
+
+
+def test_random_drafts_have_no_speed_up_but_a_projected_one():
+    rows = [make_row(10, 50, 50, 1), make_row(12.5, 50, 49, 4)]
+    bench.compare(rows, random=True, assumed=2.5)
+    assert all(rows[1][key] is None for key in (*bench.NOT_REAL, "speedup"))
+    assert rows[1]["projected_speedup"] == pytest.approx(2)
+    assert rows[0]["tokens_per_step"] == 1 and rows[0]["speedup"] == 1
+
+
+def test_the_ceiling_is_measured(monkeypatch):
+    monkeypatch.undo()
+    ceiling = bench.measure_ceiling(torch.device("cpu"), torch.float32)
+    # Any machine that runs this reads 0.2 to 2000 GB/s and multiplies at 1 GFLOP/s to 1 PFLOP/s.
+    assert 2e8 < ceiling.bytes_per_s < 2e12 and 1e9 < ceiling.flops_per_s < 1e15
+
+
+# ---- the command line ----
+
+
+def test_a_shape_from_end_to_end(main):
+    out, document, rows = main("--shape", "tiny", "--batch", "1,2", "--prompt-len", "5,9")
+    assert [(r["mode"], r["nodes"], r["batch"], r["prompts"]) for r in rows] == [
+        (mode, nodes, batch, prompts)
+        for batch in (1, 2)
+        for prompts in ("5 tokens", "9 tokens")
+        for mode, nodes in (("plain", 1), ("chain", 4))
+    ]
+    assert all(row.keys() == KEYS for row in rows)
+    for plain, chain in zip(rows[::2], rows[1::2], strict=True):
+        assert plain["tokens_per_step"] == plain["speedup"] == 1
+        assert chain["tokens_per_step"] is chain["tokens_per_s"] is chain["speedup"] is None
+        assert plain["draft_ms"] is None and min(chain["draft_ms"], chain["verify_ms"]) > 0
+        assert chain["gb_per_step"] > plain["gb_per_step"]
+        assert plain["floor_fraction"] == pytest.approx(
+            plain["floor_ms"] / plain["ms_per_step"], rel=1e-4
+        )  # six digits are kept
+    assert document.keys() >= {"device", "torch", "dtype", "model", "speculator", "ceiling_gb_s"}
+    assert document["random_weights"] and document["ceiling_gb_s"] == 1
+    lines = out.splitlines()
+    assert "reads 1 GB/s" in lines[0] and "RANDOM WEIGHTS" in out
+    title = next(i for i, line in enumerate(lines) if line.startswith("mode "))
+    assert [line.split()[0] for line in lines[title + 1 : title + 9]] == ["plain", "chain"] * 4
+
+
+def test_live_cache_in_the_bytes(main):
+    """16 tokens after 5: one row holds 5 + 8 on average, with 192 * 2 bytes per token in float32;
+    the weights are counted before any packing."""
+    _, _, rows = main("--shape", "tiny", "--prompt-len", "5", "--max-new-tokens", "16")
+    layer = 48 * (80 + 48 + 128) + 64 * 48 + 2 * 48
+    weights = 4 * (3 * layer + 48 + 97 * 48)
+    assert rows[0]["gb_per_step"] == pytest.approx((weights + 13 * 384) / 1e9, rel=1e-5)
+
+
+def test_projected_column_and_no_split(main):
+    argv = ("--shape", "tiny", "--prompt-len", "5", "--assume-tokens-per-step", "2.5", "--no-split")
+    out, _, (plain, chain) = main(*argv)
+    assert chain["draft_ms"] is chain["verify_ms"] is None
+    expected = 2.5 * plain["ms_per_step"] / chain["ms_per_step"]
+    assert chain["projected_speedup"] == pytest.approx(expected, rel=1e-4)
+    line = next(line for line in out.splitlines() if line.startswith("chain"))
+    assert "projected" in out and line.endswith(number(chain["projected_speedup"], 2))
+
+
+@pytest.mark.parametrize("sampled", [(), ("--temperature", 1, "--top-p", 0.9)])
+def test_prompts_of_a_file_with_drafts_that_are_right(main, dirs, tmp_path, sampled):
+    """The story's 20 tokens and its end in 6 steps of 4 and fewer, at T = 1 nearly always, too."""
+    file = tmp_path / "in.jsonl"
+    file.write_text('{"prompt": "Q"}\n{"prompt": [5, 6, 7]}\n')
+    argv = ("--checkpoint", dirs.story, "--speculator", dirs.right, "--prompts", file)
+    _, document, (plain, chain) = main(*argv, "--batch", 3, "--max-new-tokens", 64, *sampled)
+    assert plain["tokens_per_step"] == 1 and chain["prompts"] == "in.jsonl"
+    if not sampled:
+        assert chain["tokens_per_step"] == 3.5  # 21 tokens in 6 steps
+    assert chain["speedup"] == pytest.approx(chain["tokens_per_s"] / plain["tokens_per_s"], 1e-4)
+    assert chain["temperature"] == (1 if sampled else 0)
+    assert not document["random_weights"] and document["speculator"] == str(dirs.right)
+
+
+def test_prompt_len_of_a_checkpoint_is_text_and_ignores_ends(main, dirs):
+    argv = ("--checkpoint", dirs.story, "--speculator", dirs.right, "--prompt-len", 20)
+    _, _, (_, chain) = main(*argv, "--num-draft-tokens", 2)
+    assert chain["nodes"] == 3 and chain["prompts"] == "20 tokens"
+    llm = bench.LLM(dirs.story, max_seq_len=100, device="cpu", load=False)
+    one, two = bench.made_requests(llm, 20, 2, bench.SamplingParams(ignore_eos=True))
+    readme = (bench.Path(bench.__file__).parent / "README.md").read_text("utf-8")
+    assert readme.startswith(llm.tokenizer.decode(one.prompt)) and one.prompt != two.prompt
+    assert one.stop_ids == []
+
+
+@pytest.mark.parametrize("name", ["llama", "tied"])
+def test_vs_transformers_on_the_same_weights(main, name, monkeypatch, tmp_path):
+    """Equal ids, greedy: the weights are ours."""
+    base = bench.GRANITE if name == "tied" else bench.LLAMA
+    monkeypatch.setitem(bench.SHAPES, "tiny", (TINY[0], base, 32, 3, {}))
+    seen = {}
+
+    def noting(name):
+        inner = getattr(bench, name)
+
+        def run(*args):
+            seen.setdefault(name, []).append(inner(*args))
+            return seen[name][-1]
+
+        monkeypatch.setattr(bench, name, run)
+
+    noting("transformers_model")
+    noting("load")
+    _, _, rows = main("--shape", "tiny", "--prompt-len", "5", "--batch", 2, "--vs", "transformers")
+    assert [row["mode"] for row in rows] == ["plain", "chain", "transformers"]
+    assert rows[2]["tokens_per_step"] == 1 and rows[2]["speedup"] > 0
+    theirs, ours = seen["transformers_model"][0], seen["load"][0].target
+    ids = torch.tensor([[5, 7, 11, 13]])
+    positions, root = torch.arange(4)[None], torch.zeros(1, dtype=torch.long)
+    kv = torch.zeros(bench_kv_shape(ours))
+    with torch.inference_mode():
+        hidden, _ = ours(ids, positions, kv, root, torch.ones(4, 4, dtype=torch.bool).tril())
+        # float32 sums of 64 terms or fewer in another order.
+        torch.testing.assert_close(ours.logits(hidden), theirs(ids).logits, atol=1e-5, rtol=1e-4)
+
+
+def bench_kv_shape(model):
+    args = model.args
+    return (args.n_layers, 2, 1, args.n_kv_heads, 0, args.head_dim)
+
+
+def test_transformers_on_ragged_prompts_that_end(dirs, tmp_path, main):
+    file = tmp_path / "in.jsonl"
+    file.write_text('{"prompt": "Q"}\n{"prompt": " one two three"}\n')
+    argv = ("--checkpoint", dirs.story, "--prompts", file, "--batch", 2, "--vs", "transformers")
+    _, _, (plain, theirs) = main(*argv)
+    assert plain["mode"] == "plain" and theirs["mode"] == "transformers"
+    assert theirs["tokens_per_step"] == 1
+
+
+def test_files_and_plot(main, tmp_path):
+    pytest.importorskip("matplotlib")
+    png, file = tmp_path / "a.png", tmp_path / "a.json"
+    argv = ("--shape", "tiny", "--prompt-len", "5", "--batch", "1,2")
+    _, document, _ = main(*argv, "--plot", png, "--json", file)
+    assert json.loads(file.read_text()) == document
+    assert png.read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_arguments_the_demo_model(main, dirs, monkeypatch):
+    monkeypatch.setattr(bench, "demo_checkpoint", lambda: dirs.story)
+    _, document, rows = main("--prompt-len", 20)
+    assert [row["mode"] for row in rows] == ["plain"] and document["speculator"] is None
+
+
+ERRORS = {
+    "shape": (("--shape", "gpt-5"), r"'gpt-5' is not known; known: llama2-13b, .*, granite-20b"),
+    "shape_and_checkpoint": (("--shape", "tiny", "--checkpoint", "x"), "goes without --checkpoint"),
+    "both_prompts": (("--prompts", "x", "--prompt-len", "5"), "goes without --prompt-len"),
+    "k_alone": (("--num-draft-tokens", "2"), "needs --speculator or --shape"),
+    "k_too_large": (("--shape", "tiny", "--num-draft-tokens", "9"), "has 3 heads"),
+    "short": (("--shape", "tiny", "--max-new-tokens", "3"), "3: at least 16"),
+    "context": (("--shape", "tiny", "--prompt-len", "500"), "exceeds the model's context of 512"),
+    "assumed": (("--shape", "tiny", "--assume-tokens-per-step", "9"), "gives 1 to 4 tokens"),
+    "top_p": (("--shape", "tiny", "--top-p", "2"), "top_p 2.0 is out of range"),
+    "memory": (("--shape", "llama3-70b", "--batch", "9999"), r"GB do not fit into .* GB"),
+    "json": (("--shape", "tiny", "--json", "/nowhere/x"), "/nowhere/x"),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_errors_are_one_line(case, error):
+    argv, message = ERRORS[case]
+    assert re.search(message, error(*argv))
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (None, "No such file"),
+        ("", "no row to run"),
+        ('{"prompt": "a"}\n{"prompt": ', r"in.jsonl:2: not JSON"),
+        ('\n{"prompt": "a", "x": 1}', r"in.jsonl:2: 'x' is not supported"),
+    ],
+)
+def test_bad_prompt_files(text, message, error, dirs, tmp_path):
+    file = tmp_path / "in.jsonl"
+    if text is not None:
+        file.write_text(text)
+    assert re.search(message, error("--checkpoint", dirs.story, "--prompts", file))
+
+
+@pytest.mark.parametrize(
+    "option, package", [("--vs=transformers", "transformers"), ("--plot=x.png", "matplotlib")]
+)
+def test_a_package_that_is_missing_is_named(option, package, error, monkeypatch):
+    find = bench.importlib.util.find_spec
+    missing = lambda name: None if name == package else find(name)  # noqa: E731
+    monkeypatch.setattr(bench.importlib.util, "find_spec", missing)
+    assert f"needs {package}: pip install {package}" in error("--shape", "tiny", option)
+
+
+@pytest.mark.parametrize("value", ["0", "1,x", ""])
+def test_counts_that_are_none(value, capsys):
+    with pytest.raises(SystemExit):
+        bench.main(["--batch", value])
+    assert "--batch" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_on_a_gpu(capsys, monkeypatch):
+    monkeypatch.setitem(
+        bench.SHAPES, "tiny", ((256, 2, 4, 2, 512, 1000, 512), bench.LLAMA, 128, 3, {})
+    )
+    assert bench.main(["--shape", "tiny", "--batch", "1,2", "--split"]) == 0
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert len(rows) == 4 and all(0 < row["peak_gb"] < 8 for row in rows)
+    assert min(rows[1]["draft_ms"], rows[1]["verify_ms"]) > 0
