@@ -1589,28 +1589,36 @@ def read_rows(
                 yield number, row
 
 
-def read_row(llm: LLM, line: bytes, number: int, params: SamplingParams, chat: bool) -> Request:
-    """The request of one row: its own sampling fields, else those of `params`."""
+def row_of(line: bytes) -> dict:
+    """A row of JSON with either prompt or messages."""
     try:
         row = json.loads(line.rstrip())
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from None
     if not isinstance(row, dict):
         raise ValueError(f"expected a JSON object, found {type(row).__name__}")
+    if ("prompt" in row) == ("messages" in row):
+        raise ValueError("expected either prompt or messages")
+    return row
+
+
+def as_request(llm: LLM, row: dict, params: SamplingParams, chat: bool) -> Request:
+    if "messages" in row:
+        return llm.chat_request(row["messages"], params, "the conversation")
+    return prompt_request(llm, row["prompt"], params, chat, "the prompt")
+
+
+def read_row(llm: LLM, line: bytes, number: int, params: SamplingParams, chat: bool) -> Request:
+    """The request of one row: its own sampling fields, else those of `params`."""
+    row = row_of(line)
     known = [f.name for f in fields(SamplingParams)]
     if unknown := row.keys() - {"id", "prompt", "messages", *known}:
         known = ", ".join(["id", "prompt", "messages", *known])
         raise ValueError(f"{min(unknown)!r} is not supported; supported: {known}")
-    if ("prompt" in row) == ("messages" in row):
-        raise ValueError("expected either prompt or messages")
     if not isinstance(id := row.get("id", number), str | int):
         raise ValueError(f"id {id!r} is neither text nor an integer")
     params = replace(params, **{name: row[name] for name in known if name in row})
-    if "messages" in row:
-        request = llm.chat_request(row["messages"], params, "the conversation")
-    else:
-        request = prompt_request(llm, row["prompt"], params, chat, "the prompt")
-    return replace(request, id=id)
+    return replace(as_request(llm, row, params, chat), id=id)
 
 
 def write_answers(path: str, outputs: Iterator, total: int) -> Iterator[RequestOutput]:
