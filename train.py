@@ -2,11 +2,9 @@
 
     python train.py --checkpoint TARGET --prompts FILE.jsonl ... --output DIR
 
-Reads downward: prompts, text (the target answers them itself), hidden states, loss, training,
-evaluation, files, the command line. What is done is kept in DIR: the same command goes on where an
-interrupted one stopped.
-
-Shapes as in fastspec.py, with M positions, n heads, B texts padded to C tokens."""
+The target answers the prompts itself; what is learnt is what it does in these answers. All that is
+done is kept in DIR: the same command goes on where an interrupted one stopped.
+Letters as in fastspec.py, with M positions, n heads, B texts padded to C tokens."""
 
 import gc
 import hashlib
@@ -114,8 +112,7 @@ def code_to_complete(llm: LLM, texts: list[Text], file: Path) -> list[Request]:
 
 
 def training_text(llm: LLM, engine: Engine, prompts: list[Request], args: Namespace) -> list[Text]:
-    """This rank's share of the answers to the prompts, then one answer to each beginning of code
-    among these, half of them greedy."""
+    """This rank's answers to the prompts, then to what `code_to_complete` finds in them."""
     temperatures = [0.0, *SAMPLED * args.answers][: args.answers]
     given = asked(prompts, temperatures, args)[args.rank :: args.world]
     part = f"{args.rank}-of-{args.world}.jsonl"
@@ -185,19 +182,16 @@ class HeadLosses(nn.Module):
 
     def __init__(self, speculator: MLPSpeculator, output: Tensor):
         super().__init__()
-        self.speculator = speculator
-        ids = speculator.draft_ids
+        self.speculator, ids = speculator, speculator.draft_ids
         self.register_buffer("output", output if ids is None else output[ids])  # [V or drafted, D]
         self.cross_entropy = torch.compile(soft_cross_entropy, disable=not output.is_cuda)
 
     def forward(self, state: Tensor, tokens: Tensor, teacher: Tensor, inside: Tensor) -> Tensor:
         """Mean loss [n] of the heads; see States.examples for the arguments."""
-        losses = []
-        state = self.speculator.start(state)
+        losses, state = [], self.speculator.start(state)
         for i in range(inside.shape[1]):
             state, logits = self.speculator.step(i, state, tokens[:, i])
-            with torch.no_grad():
-                wanted = F.linear(teacher[:, i], self.output)
+            wanted = F.linear(teacher[:, i], self.output)
             loss = self.cross_entropy(logits, wanted) * inside[:, i]
             losses.append(loss.sum() / inside[:, i].sum().clamp(min=1))
         return torch.stack(losses)
@@ -247,14 +241,13 @@ def batches(target: Transformer, texts: list[Text], n: int, args: Namespace, sta
         total += len(text[1])
     while True:
         for number, block in blocks.items():
-            # A last token has none to draft after it.
             order = torch.randperm(sum(len(a) - 1 for _, a in block), generator=generator)
             for batch in order.split(args.batch_size)[: max(1, len(order) // args.batch_size)]:
                 if step >= start:
                     if loaded != number:
                         states = None  # frees the block before
                         states, loaded = hidden_states(target, block), number
-                        starts = (states.end[1:] == states.end[:-1]).nonzero()[:, 0]
+                        starts = (states.end[1:] == states.end[:-1]).nonzero()[:, 0]  # no last one
                     yield states.examples(starts[batch.to(weight.device)], n)
                 step += 1
 
@@ -278,8 +271,9 @@ def train(args: Namespace, target: Transformer, losses: HeadLosses, texts: list,
     logged = start = state.get("step", 0)
     weight, clock = LATER_HEADS ** torch.arange(n, device=device), time.perf_counter()
     examples = batches(target, texts, n, args, start)
-    bar = tqdm(total=args.steps, initial=start, desc="training", disable=args.rank > 0 or None)
-    for step in range(start + 1, args.steps + 1):
+    steps, quiet = range(start + 1, args.steps + 1), args.rank > 0 or None
+    bar = tqdm(steps, total=args.steps, initial=start, desc="training", disable=quiet)
+    for step in bar:
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             loss = model(*next(examples))
@@ -287,7 +281,6 @@ def train(args: Namespace, target: Transformer, losses: HeadLosses, texts: list,
         nn.utils.clip_grad_norm_(speculator.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        bar.update()
         if args.rank == 0 and (step % LOG_EVERY == 0 or step == args.steps):
             found = loss.tolist()  # waits for the device
             if not math.isfinite(sum(found)):
@@ -302,7 +295,6 @@ def train(args: Namespace, target: Transformer, losses: HeadLosses, texts: list,
             state = {name: part.state_dict() for name, part in parts.items()} | {"step": step}
             torch.save(state, file.with_suffix(".tmp"))
             file.with_suffix(".tmp").replace(file)  # whole, or the one before
-    bar.close()
 
 
 # --- evaluation and files -----------------------------------------------------------------------
@@ -436,8 +428,7 @@ def keep_settings(args: Namespace, prompts: list[Request]) -> None:
     """settings.json: an output directory is gone on with under the same settings only."""
     free = ("output", "eval_prompts", "prompts", "device", "rank", "rows", "base_model")
     settings = {name: value for name, value in vars(args).items() if name not in free}
-    ids = json.dumps([prompt.prompt for prompt in prompts]).encode()
-    settings["prompts"] = hashlib.sha256(ids).hexdigest()
+    settings["prompts"] = hashlib.sha256(str([p.prompt for p in prompts]).encode()).hexdigest()
     args.output.mkdir(parents=True, exist_ok=True)
     if not (file := args.output / "settings.json").exists():
         file.write_text(json.dumps(settings, indent=2) + "\n")
@@ -463,8 +454,8 @@ def run(args: Namespace) -> None:
         torch.distributed.init_process_group("nccl" if llm.device.type == "cuda" else "gloo")
 
     target = load_model(llm.directory, llm.device, llm.dtype)
-    width = {"batch_size": args.rows, "max_seq_len": llm.max_seq_len}
-    engine = Engine(target, **width, compiled=llm.compiled)
+    width, compiled = llm.max_seq_len, llm.compiled
+    engine = Engine(target, batch_size=args.rows, max_seq_len=width, compiled=compiled)
     texts = training_text(llm, engine, prompts, args)
     file = args.output / f"held-out-{args.rank}.jsonl"
     held_out = write_text(engine, asked(sets["held-out"], [0.0], args), file)
