@@ -207,11 +207,14 @@ def test_text_that_is_there_is_not_written_again(target, prompts, whole, tmp_pat
     assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
 
 
-def test_text_stops_at_the_tokens_asked_for(target, prompts, tmp_path):
-    """What was begun is finished: up to one answer of 21 tokens more per row."""
+def test_text_stops_at_the_tokens_asked_for(target, prompts, tmp_path, monkeypatch):
+    """What was begun is finished: up to one answer of 21 tokens more per row. Once it is there,
+    nothing is compiled to write none."""
     assert run(target, prompts, tmp_path, tokens=500, steps=1) == 0
     answers = [row[1] for row in read_lines(tmp_path / "text-0-of-1.jsonl")]
     assert 500 <= sum(map(len, answers)) < 500 + 17 * 21
+    monkeypatch.setattr(train, "decode_loop", None)
+    assert run(target, prompts, tmp_path, tokens=500, steps=1) == 0
 
 
 def test_code_is_cut_at_some_line(tmp_path):
