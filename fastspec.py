@@ -296,7 +296,8 @@ class Engine(nn.Module):
         """`ranks` (of tp.py) share the target, `draft_ranks` the speculator; None: not shared.
         eight_bit_draft: keep the speculator's heads in int8, where there are kernels for it."""
         super().__init__()
-        self.ranks, self.draft_ranks = ranks, draft_ranks
+        alone = ranks is None or ranks.size == 1  # and nothing is shared
+        self.ranks, self.draft_ranks = (None, None) if alone else (ranks, draft_ranks)
         self.model, self.speculator = model, speculator
         self.k = num_draft_tokens if speculator is not None else 0
         self.tree = tree if self.k else 0  # nodes; 0: the candidates are a chain
@@ -409,8 +410,9 @@ class Engine(nn.Module):
             logits = logits if self.draft_ranks is None else self.draft_ranks.gather(logits)
             return self.scores(logits, position[:, None], ids, None) if noisy else logits
 
+        top = None if self.kernels is None else self.kernels.top_children
         tree = self.speculator.draft_tree(
-            self.hidden, last, root, self.top_k_tokens_per_head, self.tree, score
+            self.hidden, last, root, self.top_k_tokens_per_head, self.tree, score, top
         )
         return tree if self.ranks is None else self.ranks.same(torch.stack(tree)).unbind()
 
@@ -942,7 +944,7 @@ class LLM:
             tree=self.tree,
             top_k_tokens_per_head=self.top_k_tokens_per_head,
             compiled=self.compiled,
-            ranks=ranks if self.tensor_parallel_size > 1 else None,
+            ranks=ranks,
             draft_ranks=ranks if self.draft_parallel_size > 1 else None,
         )
         if self.packed:

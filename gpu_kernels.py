@@ -10,8 +10,8 @@ each kernel is shaped to keep the bus busy:
 - RMS norm costs no kernel: the producer of x also writes x * weight and the sums of x^2 by tile,
   and the next product scales its result by rsqrt(mean(x^2) + eps). SiLU, bias and the residual
   are applied where the result is written.
-- Each kernel may start while the one before drains (programmatic dependent launch): it asks for
-  its first weights, then waits for the data.
+- Each kernel may start while the one before drains (programmatic dependent launch), and then
+  waits for its data.
 
 Every operation has a plain equivalent beside it, which also serves more than MOST_ROWS rows.
 
@@ -30,41 +30,18 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-USE_PDL = True
-PREFETCH = True
 MOST_ROWS = 32  # of a small product; more rows are the library's
 TILE = 64  # rows of a weight per program: what one matrix instruction takes
-SPLITS_TILES = 4096  # counters of unfinished tiles
+MOST_TILES = 65536  # counted at once
 
 
 @functools.cache
 def counters(device: torch.device) -> Tensor:
     """Zeros, by tile: how many parts of it are finished. Every kernel leaves zeros behind."""
-    return torch.zeros(SPLITS_TILES, dtype=torch.int32, device=device)
+    return torch.zeros(MOST_TILES, dtype=torch.int32, device=device)
 
 
 # --- small products ----------------------------------------------------------------------------
-
-
-@triton.jit
-def _prefetch(pointers):
-    """Ask for these addresses' lines in the L2 cache."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [pointers],
-        dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-LINE = tl.constexpr(1024)  # elements of a weight that are asked for at once
-
-
-@triton.jit
-def _prefetch_lines(pointers):
-    """Ask for LINE 16-bit elements at each pointer in the L2 cache."""
-    tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], 2048; mov.b32 $0, 0;", "=r,l", [pointers],
-        dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
 
 
 @triton.jit
@@ -74,7 +51,6 @@ def _linear(
     E: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
     DEEP: tl.constexpr, SPLITS: tl.constexpr,
     IN_TILES: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
-    AHEAD: tl.constexpr,
 ):  # fmt: skip
     """out [M, R] = x [M, C] @ w [R, C]^T, one tile of TILE rows of w and one part of C a program.
 
@@ -101,10 +77,6 @@ def _linear(
         gdc_launch_dependents()
     begin = split * (C // SPLITS)
     w_at = w + r[:, None].to(tl.int64) * C
-    if AHEAD > 0:
-        line: tl.constexpr = 128 // (w.dtype.element_ty.primitive_bitwidth // 8)
-        lines = tl.arange(0, AHEAD) * line
-        _prefetch(w + tl.where(r_in, r, 0)[:, None].to(tl.int64) * C + (begin + lines)[None, :])
     if PDL:
         gdc_wait()
     if GATED:
@@ -186,7 +158,7 @@ def tiling(R: int, C: int) -> dict:
     80 kB of loads under way."""
     splits = 4 if R < 96 * TILE and C % (4 * 128) == 0 and C >= 1024 else 1
     deep = 128 if C // splits % 128 == 0 else 64
-    tile = {"DEEP": deep, "SPLITS": splits, "AHEAD": 8 if splits > 1 else 0}
+    tile = {"DEEP": deep, "SPLITS": splits}
     return tile | {"num_stages": 512 // deep, "num_warps": 4}
 
 
@@ -208,13 +180,13 @@ def small(
     cos, sin = angles or (None, None)
     in_tiles = len(squares) if squares is not None else 1
     even = C % (tile["DEEP"] * splits) == 0 and R % TILE == 0
-    pdl = {"launch_pdl": USE_PDL} if x.is_cuda else {}
+    pdl = {"launch_pdl": True} if x.is_cuda else {}
     _linear[(tiles, splits)](
         x, w, row_scale, bias, squares, residual, norm, cos, sin, out, weighted, out_squares, part,
         counters(x.device), M, R, in_tiles, turned, eps,
         E=2 * cos.shape[1] if angles else 1, C=C, ROWS=rows, TILE=TILE, GATED=gated, EVEN=even,
-        IN_TILES=triton.next_power_of_2(in_tiles), PDL=USE_PDL and x.is_cuda,
-        **(tile if x.is_cuda else tile | {"AHEAD": 0}), **pdl,
+        IN_TILES=triton.next_power_of_2(in_tiles), PDL=x.is_cuda,
+        **tile, **pdl,
     )  # fmt: skip
     return out, weighted, out_squares
 
@@ -229,7 +201,6 @@ SPLIT = 64
 @triton.jit
 def _attend_split(
     qkv, kv, cached, ancestors, part, stats, scale, S, value_offset, splits, row_ancestors,
-    next_weight, next_size,
     N: tl.constexpr, G: tl.constexpr, K: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr,
     ROWS: tl.constexpr, SPLIT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -238,13 +209,10 @@ def _attend_split(
     b, head = bk // K, bk % K
     if PDL:
         gdc_launch_dependents()
-    root = tl.load(cached + b)  # neither this nor the cache is written by the kernel before
+        gdc_wait()
+    root = tl.load(cached + b)
     slot = split * SPLIT + tl.arange(0, SPLIT)
-    if split >= splits:  # the bus is idle now: bring the next product's weight into the cache
-        first = ((split - splits) * tl.num_programs(0) + bk) * 128 * LINE
-        at = tl.minimum(first + tl.arange(0, 128) * LINE, next_size - LINE)
-        _prefetch_lines(next_weight + at)
-    elif split * SPLIT < root + N:
+    if split * SPLIT < root + N:
         row, e = tl.arange(0, ROWS), tl.arange(0, WIDTH)
         in_head = (e < E)[None, :]
         width: tl.constexpr = (G + 2) * K * E  # of a token's q, k and v
@@ -252,8 +220,6 @@ def _attend_split(
         cache_at = kv + (bk * S + slot).to(tl.int64)[:, None] * E + e[None, :]
         keys = tl.load(cache_at, mask=in_cache & in_head, other=0.0)  # [SPLIT WIDTH]
         values = tl.load(cache_at + value_offset, mask=in_cache & in_head, other=0.0)
-        if PDL:
-            gdc_wait()
         node = row % N
         q_at = qkv + ((b * N + node) * width + (head * G + row // N) * E)[:, None] + e[None, :]
         queries = tl.load(q_at, mask=(row < N * G)[:, None] & in_head, other=0.0)  # [ROWS WIDTH]
@@ -286,10 +252,10 @@ def _combine_splits(
     b, e = bn // N, tl.arange(0, WIDTH)
     row = (query_head % G) * N + bn % N
     here = (b * K + query_head // G) * splits
-    live = (tl.load(cached + b) + N + SPLIT - 1) // SPLIT
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
+    live = (tl.load(cached + b) + N + SPLIT - 1) // SPLIT
     every = tl.arange(0, SPLITS)
     of_all = stats + (here + every) * 2 * ROWS + row
     tops = tl.load(of_all, mask=every < live, other=float("-inf"))
@@ -310,16 +276,13 @@ def _combine_splits(
 
 
 @torch.library.custom_op("fastspec::attention", mutates_args=())
-def attention(
-    qkv: Tensor, kv: Tensor, cached: Tensor, ancestors: Tensor, n_heads: int,
-    next_weight: Tensor | None,
-) -> Tensor:  # fmt: skip
+def attention(qkv: Tensor, kv: Tensor, cached: Tensor, ancestors: Tensor, n_heads: int) -> Tensor:
     """Attention [M, H * E] of q over the first `cached` [B] slots of a contiguous cache
     kv [2, B, K, S, E], and over the call's own tokens where `ancestors` bool [N, N] or [B, N, N]
     allows.
 
     qkv [M, (H + 2 K) * E] are the projections, turned. The own tokens count as slots cached ..
-    cached + N - 1. `next_weight` is brought into the cache meanwhile.
+    cached + N - 1.
     """
     _, B, K, S, E = kv.shape
     N, G = ancestors.shape[-1], n_heads // K
@@ -330,16 +293,11 @@ def attention(
     stats = qkv.new_empty((B * K, splits, 2, rows), dtype=torch.float32)
     out = qkv.new_empty(B * N, n_heads * E)
     shape = {"N": N, "G": G, "K": K, "E": E, "WIDTH": width, "ROWS": rows, "SPLIT": SPLIT}
-    shape["PDL"] = USE_PDL and qkv.is_cuda
-    pdl = {"launch_pdl": USE_PDL} if qkv.is_cuda else {}
-    extra, size = 0, 0
-    if PREFETCH and next_weight is not None and qkv.is_cuda:
-        size = next_weight.numel()
-        extra = triton.cdiv(size, 128 * LINE.value * B * K)
-    _attend_split[(B * K, splits + extra)](
+    shape["PDL"] = qkv.is_cuda
+    pdl = {"launch_pdl": True} if qkv.is_cuda else {}
+    _attend_split[(B * K, splits)](
         qkv, kv, cached, ancestors, part, stats, E**-0.5, S, kv.stride(0), splits,
-        N * N * (ancestors.dim() - 2), next_weight, size, num_warps=4 if rows < 64 else 8,
-        **shape, **pdl,
+        N * N * (ancestors.dim() - 2), num_warps=4 if rows < 64 else 8, **shape, **pdl,
     )  # fmt: skip
     _combine_splits[(B * N, n_heads)](
         part, stats, cached, out, splits, SPLITS=triton.next_power_of_2(splits), **shape, **pdl
@@ -348,7 +306,7 @@ def attention(
 
 
 @attention.register_fake
-def _(qkv, kv, cached, ancestors, n_heads, next_weight):
+def _(qkv, kv, cached, ancestors, n_heads):
     return qkv.new_empty(len(qkv), n_heads * kv.shape[-1])
 
 
@@ -358,7 +316,7 @@ def cached_attention(
     """model.py's `plain_attention` of q [B, N, H, E], k, v [B, N, K, E]."""
     B, N, H, E = q.shape
     qkv = torch.cat((q, k, v), dim=2).view(B * N, -1)
-    return attention(qkv, kv, cached, ancestors, H, None).view(B, N, H, E)
+    return attention(qkv, kv, cached, ancestors, H).view(B, N, H, E)
 
 
 # --- the forward pass --------------------------------------------------------------------------
@@ -448,7 +406,7 @@ def forward(
     for i, (layer, layer_kv) in enumerate(zip(model.layers, kv.unbind(), strict=True)):
         wqkv, wo, w13, w2 = layer.attention.wqkv, layer.attention.wo, layer.mlp.w13, layer.mlp.w2
         qkv = qkv_linear(weighted, squares, eps, wqkv.weight, wqkv.bias, cos, sin, turned)
-        y = attention(qkv, layer_kv, cached, ancestors, args.n_heads, wo.weight)
+        y = attention(qkv, layer_kv, cached, ancestors, args.n_heads)
         x, weighted, squares = add(y, wo, x, norms[2 * i + 1])
         z = gated_linear(weighted, squares, eps, w13.weight, w13.bias)
         x, weighted, squares = add(z, w2, x, norms[2 * i + 2])
@@ -504,7 +462,6 @@ def replace_linears(speculator: nn.Module, eight_bit: bool) -> None:
 
 BLOCK = 4096  # tokens of a program
 PIECE = 512  # of which so many at once
-SHIFTS = (25, 20, 15, 10, 5, 0)
 
 
 @triton.jit
@@ -550,14 +507,15 @@ def _found(sums, found, goal, row, blocks, shift, BLOCKS: tl.constexpr):
     return found | (best << shift), tl.max(total, axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stage"])
 def _search(
-    logits, tops, temperature, setting, top_k, k_found, found, goal, sums, V, n, blocks,
-    STAGE: tl.constexpr, BY_MASS: tl.constexpr, BLOCK: tl.constexpr, PIECE: tl.constexpr,
-    BLOCKS: tl.constexpr, PDL: tl.constexpr,
+    logits, tops, temperature, setting, top_k, k_found, found, goal, sums, stage, V, n, blocks,
+    BY_MASS: tl.constexpr, BLOCK: tl.constexpr, PIECE: tl.constexpr, BLOCKS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One pass of the search of one row: the count (top-k) or mass (top-p) that each of 32
-    thresholds on exp((logit - max) / T) leaves in this block, into sums[STAGE]."""
+    thresholds on exp((logit - max) / T) leaves in this block, into sums[stage]. A pass begins by
+    reading what the one before left; the seventh does nothing else."""
     row, block = tl.program_id(0), tl.program_id(1)
     rows = tl.num_programs(0)
     if PDL:
@@ -567,33 +525,32 @@ def _search(
     active = wanted < 1 if BY_MASS else wanted > 0
     if active:
         size = rows * blocks * 32
-        bits = tl.zeros([], dtype=tl.int32)
-        if STAGE > 0:
-            if STAGE > 1:
-                bits = tl.load(found + (STAGE - 1) * rows + row)
-            aim = wanted.to(tl.float32)
-            if BY_MASS and STAGE > 1:
-                aim = tl.load(goal + row)
+        bits, aim = tl.zeros([], dtype=tl.int32), wanted.to(tl.float32)
+        if stage > 0:
+            last = sums + (stage - 1) * size
+            if stage > 1:
+                bits = tl.load(found + (stage - 1) * rows + row)
+                if BY_MASS:
+                    aim = tl.load(goal + row)
             elif BY_MASS:  # of what top-k left: the mass above threshold 0
-                _, left = _found(sums, 0, 0.0, row, blocks, 0, BLOCKS)
+                _, left = _found(last, 0, 0.0, row, blocks, 0, BLOCKS)
                 aim = wanted * left
-            last = sums + (STAGE - 1) * size
-            bits, _ = _found(last, bits, aim, row, blocks, 30 - 5 * STAGE, BLOCKS)
+            bits, _ = _found(last, bits, aim, row, blocks, 30 - 5 * stage, BLOCKS)
             if block == 0:
-                tl.store(found + STAGE * rows + row, bits)
+                tl.store(found + stage * rows + row, bits)
                 if BY_MASS:
                     tl.store(goal + row, aim)
-        if STAGE < 6:
+        if stage < 6:
             b = tl.arange(0, BLOCKS)
             top = tl.load(tops + row * blocks + b, mask=b < blocks, other=float("-inf"))
             top = tl.max(top, axis=0)
             scale = 1 / tl.maximum(tl.load(temperature + row // n), 1e-6)
-            threshold = (bits | (tl.arange(0, 32) << (25 - 5 * STAGE))).to(tl.float32, bitcast=True)
-            floor = tl.zeros([], dtype=tl.float32)
+            threshold = (bits | (tl.arange(0, 32) << (25 - 5 * stage))).to(tl.float32, bitcast=True)
+            floor = 0.0
             if BY_MASS and tl.load(top_k + row // n) > 0:
                 floor = tl.load(k_found + 6 * rows + row).to(tl.float32, bitcast=True)
             total = tl.zeros([32], dtype=tl.float32)
-            for start in tl.static_range(0, BLOCK, PIECE):
+            for start in range(0, BLOCK, PIECE):
                 v = block * BLOCK + start + tl.arange(0, PIECE)
                 x = tl.load(logits + row.to(tl.int64) * V + v, mask=v < V, other=float("-inf"))
                 p = tl.exp((x - top) * scale)
@@ -601,7 +558,7 @@ def _search(
                 reached = p[:, None] >= threshold[None, :]
                 total += tl.sum(tl.where(reached, worth[:, None], 0.0), axis=0)
             here = (row * blocks + block) * 32 + tl.arange(0, 32)
-            tl.store(sums + STAGE * size + here, total)
+            tl.store(sums + stage * size + here, total)
 
 
 @triton.jit
@@ -677,8 +634,8 @@ def choose(
         for setting, found, by_mass in ((top_k, k_found, False), (top_p, p_found, True)):
             for stage in range(7):
                 _search[(B * n, blocks if stage < 6 else 1)](
-                    logits, tops, temperature, setting, top_k, k_found, found, goal, sums, V, n,
-                    blocks, STAGE=stage, BY_MASS=by_mass, PIECE=PIECE, **options,
+                    logits, tops, temperature, setting, top_k, k_found, found, goal, sums, stage,
+                    V, n, blocks, BY_MASS=by_mass, PIECE=PIECE, **options,
                 )  # fmt: skip
     best = torch.empty(B * n, blocks, 2, **floats)
     out = torch.empty(B, n, dtype=torch.int64, device=logits.device)
@@ -692,3 +649,73 @@ def choose(
 @choose.register_fake
 def _(logits, *_):
     return logits.new_empty(logits.shape[:2], dtype=torch.int64)
+
+
+@triton.jit
+def _top(
+    scores, part, columns, gains, count, V, blocks, least,
+    k: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """The k highest scores of a row, by blocks; the last block to finish compares all."""
+    row, block = tl.program_id(0), tl.program_id(1)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    v, b, j = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, BLOCKS), tl.arange(0, WIDTH)
+    x = tl.load(scores + row.to(tl.int64) * V + v, mask=v < V, other=float("-inf"))
+    size: tl.constexpr = 2 * WIDTH + 2  # values, columns, maximum, sum of exponentials
+    here = part + (row * blocks + block) * size
+    most = tl.max(x, axis=0)
+    tl.store(here + 2 * WIDTH, most)
+    tl.store(here + 2 * WIDTH + 1, tl.sum(tl.exp(x - most), axis=0))
+    for i in tl.static_range(WIDTH):
+        value = tl.max(x, axis=0)
+        where = tl.min(tl.where(x == value, v, V), axis=0)
+        tl.store(here + i, value if i < k else float("-inf"))
+        tl.store(here + WIDTH + i, where.to(tl.float32, bitcast=True))
+        x = tl.where(v == where, float("-inf"), x)
+    tl.debug_barrier()
+    if tl.atomic_add(count + row, 1, sem="acq_rel") == blocks - 1:
+        at = part + (row * blocks + b) * size
+        known = b < blocks
+        tops = tl.load(at + 2 * WIDTH, mask=known, other=float("-inf"), cache_modifier=".cg")
+        sums = tl.load(at + 2 * WIDTH + 1, mask=known, other=0.0, cache_modifier=".cg")
+        top = tl.max(tops, axis=0)
+        total = top + tl.log(tl.sum(sums * tl.exp(tops - top), axis=0))
+        at = at[:, None] + j[None, :]
+        values = tl.load(at, mask=known[:, None], other=float("-inf"), cache_modifier=".cg")
+        places = tl.load(at + WIDTH, mask=known[:, None], other=0.0, cache_modifier=".cg")
+        places = places.to(tl.int32, bitcast=True)
+        for i in tl.static_range(k):
+            highest = tl.max(tl.max(values, axis=1), axis=0)
+            place = tl.min(tl.min(tl.where(values == highest, places, V), axis=1), axis=0)
+            gain = highest - total
+            tl.store(columns + row * k + i, tl.minimum(place, V - 1).to(tl.int64))
+            tl.store(gains + row * k + i, tl.minimum(tl.where(gain > least, gain, least), 0.0))
+            values = tl.where(places == place, float("-inf"), values)
+        tl.store(count + row, 0)
+
+
+@torch.library.custom_op("fastspec::top_children", mutates_args=())
+def top_children(scores: Tensor, k: int, least: float) -> tuple[Tensor, Tensor]:
+    """speculator.py's `top_children` of scores float32 [B, C, V]: columns and log-softmax
+    [B, C, k]."""
+    B, C, V = scores.shape
+    blocks, width = triton.cdiv(V, BLOCK), triton.next_power_of_2(k)
+    part = scores.new_empty(B * C, blocks, 2 * width + 2)
+    columns = torch.empty(B, C, k, dtype=torch.int64, device=scores.device)
+    gains = scores.new_empty(B, C, k)
+    options = {"BLOCK": BLOCK, "BLOCKS": triton.next_power_of_2(blocks), "PDL": scores.is_cuda}
+    options |= {"launch_pdl": True} if scores.is_cuda else {}
+    _top[(B * C, blocks)](
+        scores.contiguous(), part, columns, gains, counters(scores.device), V, blocks, least,
+        k=k, WIDTH=width, **options,
+    )  # fmt: skip
+    return columns, gains
+
+
+@top_children.register_fake
+def _(scores, k, least):
+    columns = scores.new_empty(*scores.shape[:2], k, dtype=torch.int64)
+    return columns, scores.new_empty(*scores.shape[:2], k)

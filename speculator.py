@@ -203,6 +203,7 @@ class MLPSpeculator(nn.Module):
         top_k: Sequence[int],
         nodes: int,
         score: Callable[..., Tensor] = lambda logits, position, ids: logits,
+        top: Callable[..., tuple[Tensor, Tensor]] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """A tree of draft tokens: the tokens and the parents of its nodes, both int64 [B, nodes].
 
@@ -210,16 +211,18 @@ class MLPSpeculator(nn.Module):
         gives each node at depth i the top_k[i] children of the highest scores, and the tree is the
         `nodes` likeliest by the product of probabilities from the root, which are closed under
         parents. hidden, token and position are as for `draft`; score(logits [B, C, V or drafted],
-        position [B], draft_ids) gives the logits whose softmax are the probabilities.
+        position [B], draft_ids) gives the logits whose softmax are the probabilities. `top` stands
+        in for `top_children`.
         """
         state, token = self.start(hidden)[:, None], token[:, None]  # [B C D], [B C]
+        top = top or top_children
         joint = torch.zeros(token.shape, device=token.device)  # log-probability from the root
         levels, first = [(token, torch.zeros_like(token), joint)], 0
         for i, k in enumerate(top_k):
             state, logits = self.step(i, state, token)
             scores = score(logits, position + i + 1, self.draft_ids)
             most = nodes - 1 - i  # below here: the tree has i nodes between, where it is so deep
-            child, gain = top_children(scores, min(k, most))
+            child, gain = top(scores, min(k, most), LEAST)
             C, k = child.shape[1:]
             parent = (torch.arange(C * k, device=child.device) // k).expand(child.shape[0], -1)
             token, joint = child.flatten(1), (joint[..., None] + gain).flatten(1)  # [B C*k]
@@ -242,9 +245,9 @@ class MLPSpeculator(nn.Module):
 LEAST = -1e4
 
 
-def top_children(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def top_children(scores: Tensor, k: int, least: float = LEAST) -> tuple[Tensor, Tensor]:
     """Columns [B, C, k] of the k highest of scores [B, C, V], and their log-softmax: highest
-    first, of equal ones the lowest column."""
+    first, of equal ones the lowest column, and none below `least`."""
     columns, total, rest = [], scores.logsumexp(-1, keepdim=True), scores
     every = torch.arange(scores.shape[-1], device=scores.device)
     for _ in range(k):
@@ -252,7 +255,7 @@ def top_children(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
         rest = torch.where(every == columns[-1], -torch.inf, rest)
     found = torch.cat(columns, dim=-1)
     gain = scores.gather(-1, found) - total
-    return found, torch.where(gain > LEAST, gain, LEAST).clamp(max=0)  # NaN is LEAST, too
+    return found, torch.where(gain > least, gain, least).clamp(max=0)  # NaN, too
 
 
 # --- weights -----------------------------------------------------------------------------------
