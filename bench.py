@@ -247,9 +247,9 @@ class ClockedEngine(Engine):
     clock: list[float]
 
     def wait(self, packet) -> list[list[int]]:
-        rows = super().wait(packet)
+        columns = super().wait(packet)
         self.clock.append(time.perf_counter())
-        return rows
+        return columns
 
 
 def run_summary(

@@ -624,18 +624,18 @@ class Engine(nn.Module):
         return buffer, event
 
     def wait(self, packet: Packet) -> list[list[int]]:
-        """The rows of a packet, once it has arrived."""
+        """The columns of a packet, once it has arrived: few lists, however many rows."""
         buffer, event = packet
         if event is not None:
             event.synchronize()
             self.packets.append(packet)
-        return buffer.tolist()
+        return buffer.T.tolist()
 
 
 # --- the host loop -----------------------------------------------------------------------------
 
 
-@dataclass
+@dataclass(slots=True)
 class Progress:
     """What one step gave one request."""
 
@@ -661,8 +661,10 @@ def decode_loop(
     noisy, filtered = needs or step_needs(r.params for r in requests)
     queue, free = enumerate(requests), list(range(engine.batch_size))
     running: dict[int, tuple[int, float]] = {}  # row -> (request, start)
-    in_flight: deque[tuple[Packet, list[int]]] = deque()
-    worth_it = max(engine.batch_size // 16, 1)  # free rows: a wide batch refills several at once
+    in_flight: deque[tuple[Packet, list[tuple[int, tuple[int, float]]]]] = deque()
+    # Free rows to wait for: an eager prefill is bound by its launches, about as long as several
+    # steps, up to PREFILL_TOKENS; a wide batch fills that better for a few idle rows.
+    worth_it = max(engine.batch_size // 8, 1)
     engine.busy = True
     try:
         engine.warm_up(noisy, filtered)
@@ -675,17 +677,18 @@ def decode_loop(
                 start = time.perf_counter()
                 running |= {row: (n, start) for row, n in zip(rows, numbers, strict=True)}
                 engine.prefill(rows, numbers, new)
-            in_flight.append((engine.step(noisy, filtered), list(running)))
+            in_flight.append((engine.step(noisy, filtered), list(running.items())))
             if len(in_flight) <= engine.ahead:
                 continue
             packet, rows = in_flight.popleft()
-            results = engine.wait(packet)
-            for row in rows:
-                number, emitted, accepted, done, *tokens = results[row]
-                if row not in running or running[row][0] != number:
+            _, emitted, accepted, ended, *tokens = engine.wait(packet)
+            now = time.perf_counter()
+            for row, of in rows:
+                if running.get(row) is not of:
                     continue
-                since = time.perf_counter() - running[row][1]
-                progress = Progress(number, tokens[:emitted], accepted, bool(done), since)
+                (number, start), done = of, bool(ended[row])
+                new = [column[row] for column in tokens[: emitted[row]]]
+                progress = Progress(number, new, accepted[row], done, now - start)
                 yield progress
                 if progress.cancel and not done:
                     engine.stop_row(row)
@@ -1319,6 +1322,8 @@ def progress(what: str):
 # --- command line ------------------------------------------------------------------------------
 
 DEFAULT_PROMPT = "What is gravity?"
+DEMO = "HuggingFaceTB/SmolLM2-135M-Instruct"  # what the demo checkpoint is called on the hub
+BUNDLED = Path(__file__).parent / "speculators" / "SmolLM2-135M-Instruct"  # its speculator
 
 # The published accelerators by the name of their repository (whose owner has changed), and the
 # target each was trained for: several configs do not say it.
@@ -1338,12 +1343,12 @@ TARGETS = {
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="fastspec.py",
-        description="Generate text with an MLP speculator. Without arguments: the demo model.",
+        description="Generate text with an MLP speculator. Without a model: the demo and its own.",
     )
     add, flag = parser.add_argument, argparse.BooleanOptionalAction
     add("--checkpoint", help="target model: directory or hub id; unset: the speculator's, or demo")
     add("--revision", help="revision of a target from the hub")
-    add("--speculator", help="MLP speculator: directory or hub id; none: plain decoding")
+    add("--speculator", help="directory or hub id; unset: the demo's, or none for a --checkpoint")
     add("--speculator-revision", help="revision of a speculator from the hub")
     add("--num-draft-tokens", type=int, help="tokens drafted per step; 0: none; unset: all heads")
     add("--tree", type=int, metavar="N", help="verify a tree of N nodes per step; 0: a chain")
@@ -1367,7 +1372,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--compile", action=flag, help="unset: on a GPU")
     add("--chat", action=flag, help="use the chat template; unset: where there is one")
     add("--profile", metavar="FILE", help="write a Chrome trace of the generation")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if not args.checkpoint and not args.speculator and BUNDLED.is_dir():
+        args.speculator = os.path.relpath(BUNDLED)
+    return args
 
 
 def integers(text: str) -> list[int]:
@@ -1478,9 +1486,11 @@ def llm_without_weights(args: argparse.Namespace, devices: int) -> LLM:
         speculative["tree"] = args.tree
         speculative["top_k_tokens_per_head"] = args.top_k_tokens_per_head
         target = target or target_of(args.speculator, args.speculator_revision)
+    if target in (None, DEMO):
+        target = demo_checkpoint()
     rows = 8 if args.prompts else 1 if args.interactive else min(len(args.prompt or [""]), 8)
     return LLM(
-        target or demo_checkpoint(),
+        target,
         speculative,
         dtype=args.dtype,
         device=args.device,
@@ -1581,28 +1591,36 @@ def read_rows(
                 yield number, row
 
 
-def read_row(llm: LLM, line: bytes, number: int, params: SamplingParams, chat: bool) -> Request:
-    """The request of one row: its own sampling fields, else those of `params`."""
+def row_of(line: bytes) -> dict:
+    """A row of JSON with either prompt or messages."""
     try:
         row = json.loads(line.rstrip())
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from None
     if not isinstance(row, dict):
         raise ValueError(f"expected a JSON object, found {type(row).__name__}")
+    if ("prompt" in row) == ("messages" in row):
+        raise ValueError("expected either prompt or messages")
+    return row
+
+
+def as_request(llm: LLM, row: dict, params: SamplingParams, chat: bool) -> Request:
+    if "messages" in row:
+        return llm.chat_request(row["messages"], params, "the conversation")
+    return prompt_request(llm, row["prompt"], params, chat, "the prompt")
+
+
+def read_row(llm: LLM, line: bytes, number: int, params: SamplingParams, chat: bool) -> Request:
+    """The request of one row: its own sampling fields, else those of `params`."""
+    row = row_of(line)
     known = [f.name for f in fields(SamplingParams)]
     if unknown := row.keys() - {"id", "prompt", "messages", *known}:
         known = ", ".join(["id", "prompt", "messages", *known])
         raise ValueError(f"{min(unknown)!r} is not supported; supported: {known}")
-    if ("prompt" in row) == ("messages" in row):
-        raise ValueError("expected either prompt or messages")
     if not isinstance(id := row.get("id", number), str | int):
         raise ValueError(f"id {id!r} is neither text nor an integer")
     params = replace(params, **{name: row[name] for name in known if name in row})
-    if "messages" in row:
-        request = llm.chat_request(row["messages"], params, "the conversation")
-    else:
-        request = prompt_request(llm, row["prompt"], params, chat, "the prompt")
-    return replace(request, id=id)
+    return replace(as_request(llm, row, params, chat), id=id)
 
 
 def write_answers(path: str, outputs: Iterator, total: int) -> Iterator[RequestOutput]:

@@ -2,15 +2,10 @@
 
     python train.py --checkpoint TARGET --prompts FILE.jsonl ... --output DIR
 
-Reads downward: prompts, text (the target answers them itself), hidden states, loss, training,
-evaluation, files, the command line. What is done is kept in DIR: the same command goes on where an
-interrupted one stopped.
+The target answers the prompts itself; what is learnt is what it does in these answers. All that is
+done is kept in DIR: the same command goes on where an interrupted one stopped.
+Letters as in fastspec.py, with M positions, n heads, B texts padded to C tokens."""
 
-Letters in shape comments:
-    B sequences    C tokens of a padded sequence    M positions    n heads    D, W, V as elsewhere
-"""
-
-import argparse
 import gc
 import hashlib
 import json
@@ -19,151 +14,119 @@ import os
 import random
 import sys
 import time
+from argparse import ArgumentParser, BooleanOptionalAction, Namespace
+from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from huggingface_hub import save_torch_state_dict
 from huggingface_hub.utils import tqdm
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from fastspec import (
-    LLM,
-    Engine,
-    Request,
-    SamplingParams,
-    check_messages,
-    decode_loop,
-    local_checkpoint,
-    one_line,
-)
+from fastspec import LLM, Engine, Request, SamplingParams, as_request, decode_loop, one_line, row_of
 from model import ModelArgs, Transformer, kv_cache_shape, load_model, read_json
 from speculator import MLPSpeculator, SpeculatorArgs, load_speculator
 
-# --- prompts -----------------------------------------------------------------------------------
+# --- prompts and text --------------------------------------------------------------------------
 
+Text = tuple[list[int], list[int]]  # a prompt, and the target's answer to it
 HELD_OUT = 50  # every 50th prompt is for evaluation only
-MAX_PROMPT = 512  # tokens; longer ones are left out
-FORWARD_TOKENS = 32768  # that the frozen target computes together
-TEMPERATURES = (0.0, 0.8)  # of a prompt's answers, in turn: what speculators meet in use
+PROMPT_TOKENS = 512  # for which there is room before an answer of full length
+SAMPLED = (0.8, 1.0)  # temperatures, in turn, of a prompt's answers after the first, greedy one
+COMPLETE = ("Complete this code.", "Finish this program:", "Write the rest:", "Go on with this:")
 
 
-def read_prompts(files: list[str]) -> list[list[dict]]:
-    """Conversations from JSON lines {"prompt": text} or {"messages": [...]}, each once."""
-    found: dict[str, list[dict]] = {}
+def read_prompts(llm: LLM, files: list, least: int = 1) -> list[Request]:
+    """A request for each different {"prompt": text} or {"messages": [...]} in lines of JSON. What
+    cannot be used is reported by its line and left out."""
+    found: dict[tuple, Request] = {}
     for file in files:
-        with open(file, encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    messages = read_prompt(line, f"{file}:{number}")
-                    found.setdefault(json.dumps(messages), messages)
-    if len(found) < 2:
-        raise ValueError(f"{', '.join(files)}: {len(found)} prompts; at least 2 are needed")
-    prompts = list(found.values())
-    random.Random(0).shuffle(prompts)
-    return prompts
+        for number, line in enumerate(Path(file).read_bytes().splitlines(), 1):
+            if line.strip():
+                try:
+                    request = as_request(llm, row_of(line), SamplingParams(), chat=True)
+                    found.setdefault(tuple(request.prompt), request)
+                except (ValueError, RecursionError) as error:
+                    print(f"train: {file}:{number} is left out: {one_line(error)}", file=sys.stderr)
+    if len(found) < least:
+        raise ValueError(f"{', '.join(files)}: {len(found)} prompts; at least {least} needed")
+    return random.Random(0).sample(list(found.values()), len(found))
 
 
-def read_prompt(line: str, where: str) -> list[dict]:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{where}: not JSON: {error}") from None
-    if not isinstance(row, dict) or ("prompt" in row) == ("messages" in row):
-        raise ValueError(f'{where}: expected an object with either "prompt" or "messages"')
-    if "prompt" in row:
-        row = {"messages": [{"role": "user", "content": row["prompt"]}]}
-    check_messages(row["messages"], where)
-    return row["messages"]
+def asked(prompts: list[Request], temperatures: list[float], args: Namespace) -> list[Request]:
+    """Every prompt at each temperature, each with a seed of its own."""
+    pairs = [(prompt, temperature) for prompt in prompts for temperature in temperatures]
+    params = {t: SamplingParams(temperature=t, max_tokens=args.max_new_tokens) for _, t in pairs}
+    return [replace(p, params=params[t], seed=args.seed + i) for i, (p, t) in enumerate(pairs)]
 
 
-# --- text --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Text:
-    """One answer of the target, with the prompt it follows."""
-
-    prompt: list[int]
-    answer: list[int]
-
-    @property
-    def ids(self) -> list[int]:
-        return self.prompt + self.answer
-
-
-def write_text(llm: LLM, requests: list[Request], file: Path, most: float = math.inf) -> list[Text]:
-    """Let the target answer all requests, until there are `most` tokens; what `file` holds of
-    them from an earlier run is not done again."""
-    done = read_text(file, len(requests))
-    total = sum(len(answer) for answer in done.values())
-    todo = [i for i in range(len(requests)) if i not in done]
-    running: dict[int, list[int]] = {}
+def write_text(engine: Engine, requests: list[Request], file: Path, most=math.inf) -> list[Text]:
+    """Let the target answer all requests, until there are `most` tokens. What `file` holds of them
+    from an earlier run is not done again; a line that was left half written is cut off."""
+    file.touch()
+    lines = [row for row in file.read_bytes().splitlines(keepends=True) if row.endswith(b"\n")]
+    os.truncate(file, sum(map(len, lines)))
+    done = dict(map(json.loads, lines))  # request number: answer
+    total = sum(map(len, done.values()))
+    todo = [i for i in range(len(requests)) if i not in done] if total < most else []
+    answers: list[list[int]] = []
 
     def taken() -> Iterator[Request]:
         for i in todo:
-            if total >= most:
-                return
-            yield requests[i]
+            if total < most:
+                answers.append([])
+                yield requests[i]
 
-    needs = (any(r.params.temperature > 0 for r in requests), False)
-    bar = tqdm(total=len(requests), initial=len(done), desc="text", unit="answer", disable=None)
-    with open(file, "a") as out:
-        steps = decode_loop(llm.engine, taken(), needs) if todo else ()  # else nothing to compile
+    needs = (True, False)  # greedy requests, too: one compiled step writes all of the text
+    steps = decode_loop(engine, taken(), needs) if todo else ()  # else there is nothing to compile
+    bar = tqdm(total=len(requests), initial=len(done), desc=file.stem, unit="row", disable=None)
+    with bar, open(file, "a") as out:
         for progress in steps:
-            running.setdefault(progress.request, []).extend(progress.tokens)
+            answers[progress.request] += progress.tokens
             if progress.done:
-                number, answer = todo[progress.request], running.pop(progress.request)
+                number, answer = todo[progress.request], answers[progress.request]
                 out.write(json.dumps([number, answer]) + "\n")
                 done[number] = answer
                 total += len(answer)
                 bar.update()
-    bar.close()
-    return [Text(requests[i].prompt, done[i]) for i in sorted(done)]
+    return [(requests[i].prompt, done[i]) for i in sorted(done)]
 
 
-def read_text(file: Path, count: int) -> dict[int, list[int]]:
-    """Answers by request number; a line that an interrupted run left half written is cut off."""
-    done, good = {}, 0
-    if file.exists():
-        with open(file, "rb+") as lines:
-            for line in lines:
-                if not line.endswith(b"\n"):
-                    break
-                number, answer = json.loads(line)
-                done[number] = answer
-                good += len(line)
-            lines.truncate(good)
-    if done and max(done) >= count:
-        raise ValueError(f"{file}: was written for other prompts; choose another --output")
-    return done
+def code_to_complete(llm: LLM, texts: list[Text], file: Path) -> list[Request]:
+    """The first code block of each answer up to some line of it, as prompts that `file` keeps."""
+    rng, rows = random.Random(0), []
+    for _, answer in texts:
+        block = llm.tokenizer.decode(answer).partition("```")[2].partition("```")[0]
+        lines = block.splitlines()[1:]  # the first one names the language
+        if len(lines) >= 4:
+            code = "\n".join(lines[: rng.randrange(1, len(lines))])
+            rows.append(json.dumps({"prompt": f"{rng.choice(COMPLETE)}\n\n{code}"}))
+    file.write_text("\n".join(rows))
+    return read_prompts(llm, [file], least=0)
 
 
-def make_requests(
-    llm: LLM, prompts: list, args: argparse.Namespace, answers: int = 0, temperatures=TEMPERATURES
-) -> list[Request]:
-    """`answers` requests per prompt, at the temperatures in turn; long prompts are left out."""
-    requests, answers = [], answers or args.answers
-    for i, messages in enumerate(prompts):
-        ids = llm.tokenizer.encode(llm.tokenizer.apply_chat_template(messages), False)
-        room = llm.max_seq_len - len(ids)
-        for j in range(answers if room > 0 and len(ids) <= MAX_PROMPT else 0):
-            params = SamplingParams(
-                temperature=temperatures[j % len(temperatures)],
-                max_tokens=min(args.max_new_tokens, room),
-                seed=args.seed + i * answers + j,
-            )
-            requests.append(llm.request(ids, params, f"prompt {i}"))
-    if not requests:
-        raise ValueError(f"every prompt has more than {MAX_PROMPT} tokens")
-    return requests
+def training_text(llm: LLM, engine: Engine, prompts: list[Request], args: Namespace) -> list[Text]:
+    """This rank's answers to the prompts, then to what `code_to_complete` finds in them."""
+    temperatures = [0.0, *SAMPLED * args.answers][: args.answers]
+    given = asked(prompts, temperatures, args)[args.rank :: args.world]
+    part = f"{args.rank}-of-{args.world}.jsonl"
+    most = (args.tokens or math.inf) / args.world
+    texts = write_text(engine, given, args.output / f"text-{part}", most)
+    code = code_to_complete(llm, texts, args.output / f"code-prompts-{part}")
+    code = asked(code[::2], [0.0], args) + asked(code[1::2], [SAMPLED[0]], args)
+    return texts + write_text(engine, code, args.output / f"code-{part}")
 
 
-# --- hidden states -----------------------------------------------------------------------------
+# --- hidden states and loss ---------------------------------------------------------------------
+
+FORWARD_TOKENS = 32768  # that the frozen target computes together
+LATER_HEADS = 0.7  # weight of a head beside the one before: it counts only where that was right
 
 
 @dataclass
@@ -187,31 +150,26 @@ class States:
 @torch.no_grad()
 def hidden_states(target: Transformer, texts: list[Text]) -> States:
     """Run the frozen target over these texts, FORWARD_TOKENS at a time."""
-    device = target.embed.weight.device
-    found: list[tuple[Tensor, Tensor]] = []
-    lengths: list[int] = []
-    todo = sorted(texts, key=lambda text: len(text.ids))  # little padding
+    weight = target.embed.weight
+    todo = sorted(texts, key=lambda text: -len(text[0] + text[1]))  # little padding
+    tokens = torch.tensor([token for _, answer in todo for token in answer]).to(weight.device)
+    sizes = torch.tensor([len(answer) for _, answer in todo]).to(weight.device)
+    # Filled in place: parts that are joined at the end would take twice the memory.
+    hidden, at = weight.new_empty(len(tokens), target.args.dim), 0
     while todo:
-        rows = max(1, FORWARD_TOKENS // len(todo[-1].ids))
-        batch, todo = todo[-rows:], todo[:-rows]
-        C = len(batch[-1].ids)
-        tokens = torch.tensor([t.ids + [0] * (C - len(t.ids)) for t in batch]).to(device)  # [B C]
-        kv = target.embed.weight.new_zeros(kv_cache_shape(target.args, len(batch), 0))
-        positions = torch.arange(C, device=device).expand(len(batch), -1)
-        causal = torch.ones(C, C, dtype=torch.bool, device=device).tril()
-        hidden, _ = target(tokens, positions, kv, torch.zeros_like(positions[:, 0]), causal)
-        first, stop = torch.tensor([[len(t.prompt), len(t.ids)] for t in batch]).to(device).T
-        chosen = (positions >= first[:, None]) & (positions < stop[:, None])  # answer tokens
-        found.append((hidden[:, :-1][chosen[:, 1:]], tokens[chosen]))
-        lengths += [len(t.answer) for t in batch]
-    sizes = torch.tensor(lengths, device=device)
-    hidden, token = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return States(hidden, token, sizes.cumsum(0).repeat_interleave(sizes))
-
-
-# --- loss --------------------------------------------------------------------------------------
-
-LATER_HEADS = 0.7  # weight of a head beside the one before: it counts only where that was right
+        C = len(todo[0][0] + todo[0][1])
+        rows = max(1, FORWARD_TOKENS // C)
+        batch, todo = todo[:rows], todo[rows:]
+        ids = [torch.tensor(prompt + answer) for prompt, answer in batch]
+        ids = nn.utils.rnn.pad_sequence(ids, batch_first=True).to(weight.device)  # [B C]
+        kv = weight.new_zeros(kv_cache_shape(target.args, len(batch), 0))
+        positions = torch.arange(C, device=weight.device).expand(len(batch), -1)
+        causal = torch.ones(C, C, dtype=torch.bool, device=weight.device).tril()
+        states, _ = target(ids, positions, kv, positions[:, 0], causal)  # [B C D]
+        spans = [(i * C + len(p) - 1, len(a)) for i, (p, a) in enumerate(batch)]
+        chose = torch.cat([torch.arange(n) + first for first, n in spans])  # a token of an answer
+        hidden[at : (at := at + len(chose))] = states.flatten(0, 1)[chose.to(weight.device)]
+    return States(hidden, tokens, sizes.cumsum(0).repeat_interleave(sizes))
 
 
 def soft_cross_entropy(logits: Tensor, teacher: Tensor) -> Tensor:
@@ -224,21 +182,16 @@ class HeadLosses(nn.Module):
 
     def __init__(self, speculator: MLPSpeculator, output: Tensor):
         super().__init__()
-        self.speculator = speculator
-        ids = speculator.draft_ids
+        self.speculator, ids = speculator, speculator.draft_ids
         self.register_buffer("output", output if ids is None else output[ids])  # [V or drafted, D]
-        self.cross_entropy = soft_cross_entropy
-        if output.is_cuda:
-            self.cross_entropy = torch.compile(soft_cross_entropy)
+        self.cross_entropy = torch.compile(soft_cross_entropy, disable=not output.is_cuda)
 
     def forward(self, state: Tensor, tokens: Tensor, teacher: Tensor, inside: Tensor) -> Tensor:
         """Mean loss [n] of the heads; see States.examples for the arguments."""
-        losses = []
-        state = self.speculator.start(state)
+        losses, state = [], self.speculator.start(state)
         for i in range(inside.shape[1]):
             state, logits = self.speculator.step(i, state, tokens[:, i])
-            with torch.no_grad():
-                wanted = F.linear(teacher[:, i], self.output)
+            wanted = F.linear(teacher[:, i], self.output)
             loss = self.cross_entropy(logits, wanted) * inside[:, i]
             losses.append(loss.sum() / inside[:, i].sum().clamp(min=1))
         return torch.stack(losses)
@@ -257,6 +210,9 @@ def acceptance(speculator: MLPSpeculator, states: States) -> list[float]:
 
 # --- training ----------------------------------------------------------------------------------
 
+LOG_EVERY = 500
+CPU_ROOM = 2e9  # bytes of hidden states
+
 
 def new_speculator(args: SpeculatorArgs, texts: list[Text], seed: int, device) -> MLPSpeculator:
     """Random weights as in IBM's trainer; a draft vocabulary is the most frequent tokens."""
@@ -266,144 +222,84 @@ def new_speculator(args: SpeculatorArgs, texts: list[Text], seed: int, device) -
         if not name.startswith("ln."):
             nn.init.normal_(param, std=args.inner_dim**-0.5)
     if args.draft_vocab_size:
-        tokens = torch.tensor([token for text in texts for token in text.answer])
-        counts = tokens.bincount(minlength=args.vocab_size)
-        ids = counts.argsort(descending=True, stable=True)[: args.draft_vocab_size]
-        speculator.set_draft_ids(ids.sort().values)
+        tokens = torch.tensor([token for _, answer in texts for token in answer])
+        order = tokens.bincount(minlength=args.vocab_size).argsort(descending=True, stable=True)
+        speculator.set_draft_ids(order[: args.draft_vocab_size].sort().values)
     return speculator.to(device)
 
 
-def blocks_of(texts: list[Text], most: int) -> list[list[Text]]:
-    """Texts in blocks whose hidden states fit into memory: at most `most` positions each."""
-    blocks, room = [], 0
+def batches(target: Transformer, texts: list[Text], n: int, args: Namespace, start: int):
+    """Examples of every step from `start` on. An epoch goes through all texts in shuffled blocks;
+    hidden states of more than one block are computed again in every epoch."""
+    generator = torch.Generator().manual_seed(args.seed + args.rank)
+    weight = target.embed.weight
+    room = torch.cuda.mem_get_info()[0] * 0.6 if weight.is_cuda else CPU_ROOM
+    most = int(room / (target.args.dim * weight.dtype.itemsize + 32))  # and four integers
+    blocks, total, step, loaded = defaultdict(list), 0, 0, None
     for text in texts:
-        if len(text.answer) > room:
-            blocks, room = [*blocks, []], most
-        blocks[-1].append(text)
-        room -= len(text.answer)
-    return blocks
-
-
-def schedule(counts: list[int], size: int, seed: int) -> Iterator[tuple[int, Tensor]]:
-    """(block, batch) of every step: each epoch goes through all blocks, of `counts` examples, each
-    shuffled and cut into batches of `size`."""
-    generator = torch.Generator().manual_seed(seed)
+        blocks[total // most].append(text)
+        total += len(text[1])
     while True:
-        for block, count in enumerate(counts):
-            order = torch.randperm(count, generator=generator)
-            for batch in order.split(size)[: max(1, count // size)]:
-                yield block, batch
+        for number, block in blocks.items():
+            order = torch.randperm(sum(len(a) - 1 for _, a in block), generator=generator)
+            for batch in order.split(args.batch_size)[: max(1, len(order) // args.batch_size)]:
+                if step >= start:
+                    if loaded != number:
+                        states = None  # frees the block before
+                        states, loaded = hidden_states(target, block), number
+                        starts = (states.end[1:] == states.end[:-1]).nonzero()[:, 0]  # no last one
+                    yield states.examples(starts[batch.to(weight.device)], n)
+                step += 1
 
 
-def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear warm-up over the first 2 %, then a cosine to 5 % of the peak."""
-    warm = max(1, steps // 50)
-    return peak * min((step + 1) / warm, 0.525 + 0.475 * math.cos(math.pi * step / steps))
-
-
-LOG_EVERY = 500
-
-
-def train(
-    args: argparse.Namespace,
-    target: Transformer,
-    losses: HeadLosses,
-    texts: list[Text],
-    held_out: States,
-) -> None:
+def train(args: Namespace, target: Transformer, losses: HeadLosses, texts: list, held_out: States):
     """Optimise the speculator of `losses`; `args.output` gets metrics.jsonl and state.pt."""
     speculator, device = losses.speculator, held_out.hidden.device
     model = losses if args.world == 1 else DistributedDataParallel(losses, broadcast_buffers=False)
     optimizer = torch.optim.AdamW(
-        speculator.parameters(), betas=(0.9, 0.95), weight_decay=0.1, fused=device.type == "cuda"
+        speculator.parameters(), args.learning_rate, (0.9, 0.95), weight_decay=0.1, fused=True
     )
-    start, n = load_state(args, speculator, optimizer), speculator.args.n_predict
-    weight = LATER_HEADS ** torch.arange(n, device=device)
-    blocks, loaded = blocks_of(texts, block_size(target)), None
-    counts = [sum(len(text.answer) - 1 for text in block) for block in blocks]
-    plan = schedule(counts, args.batch_size, args.seed + args.rank)
-    bar = tqdm(total=args.steps, initial=start, desc="training", disable=args.rank > 0 or None)
-    clock = time.perf_counter()
-    for step, (block, batch) in zip(range(args.steps), plan, strict=False):
-        if step < start:
-            continue
-        if block != loaded:
-            states, loaded = hidden_states(target, blocks[block]), block
-            index = torch.arange(len(states.end), device=device)
-            starts = index[index + 1 < states.end]  # a last token has none to draft after it
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args.steps, args.learning_rate)
+    warm = max(1, args.steps // 50)  # steps; then a cosine, to 5 % of the peak
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda i: min((i + 1) / warm, 0.525 + 0.475 * math.cos(math.pi * i / args.steps))
+    )
+    parts = {"speculator": speculator, "optimizer": optimizer, "schedule": schedule}
+    file, n = args.output / "state.pt", speculator.args.n_predict
+    state = torch.load(file, map_location="cpu", weights_only=True) if file.exists() else {}
+    for name in state.keys() & parts:
+        parts[name].load_state_dict(state[name])
+    logged = start = state.get("step", 0)
+    weight, clock = LATER_HEADS ** torch.arange(n, device=device), time.perf_counter()
+    examples = batches(target, texts, n, args, start)
+    steps, quiet = range(start + 1, args.steps + 1), args.rank > 0 or None
+    bar = tqdm(steps, total=args.steps, initial=start, desc="training", disable=quiet)
+    for step in bar:
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss = model(*states.examples(starts[batch.to(device)], n))
+            loss = model(*next(examples))
         (loss * weight).sum().backward()
         nn.utils.clip_grad_norm_(speculator.parameters(), 1.0)
         optimizer.step()
-        bar.update()
-        if args.rank == 0 and ((step + 1) % LOG_EVERY == 0 or step + 1 == args.steps):
+        schedule.step()
+        if args.rank == 0 and (step % LOG_EVERY == 0 or step == args.steps):
             found = loss.tolist()  # waits for the device
             if not math.isfinite(sum(found)):
-                raise ValueError(f"the loss is {found} at step {step + 1}; lower --learning-rate")
+                raise ValueError(f"the loss is {found} at step {step}; lower --learning-rate")
             seconds, clock = time.perf_counter() - clock, time.perf_counter()
-            speed = round((step % LOG_EVERY + 1) * args.batch_size * args.world / seconds)
-            bar.set_postfix_str(f"loss {sum(found):.3f}, {speed} tokens/s")
-            row = {"step": step + 1, "loss": found, "tokens_per_s": speed}
+            speed = round((step - logged) * args.batch_size * args.world / seconds)
+            row, logged = {"step": step, "loss": found, "tokens_per_s": speed}, step
             row["accepted"] = acceptance(speculator, held_out)
-            with open(args.output / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(row) + "\n")
-            save_state(args, speculator, optimizer, step + 1)
-    bar.close()
+            bar.set_postfix_str(f"loss {sum(found):.3f}, {speed} tokens/s")
+            with open(args.output / "metrics.jsonl", "a") as lines:
+                lines.write(json.dumps(row) + "\n")
+            state = {name: part.state_dict() for name, part in parts.items()} | {"step": step}
+            torch.save(state, file.with_suffix(".tmp"))
+            file.with_suffix(".tmp").replace(file)  # whole, or the one before
 
 
-def block_size(target: Transformer) -> int:
-    """Positions whose hidden states take a quarter of the free GPU memory, or 2 GB on a CPU."""
-    weight = target.embed.weight
-    room = torch.cuda.mem_get_info(weight.device)[0] // 4 if weight.is_cuda else 2 * 10**9
-    return room // (target.args.dim * weight.dtype.itemsize)
+# --- evaluation and files -----------------------------------------------------------------------
 
-
-def save_state(args: argparse.Namespace, speculator, optimizer, step: int) -> None:
-    state = {"step": step, "speculator": speculator.state_dict()}
-    state["optimizer"] = optimizer.state_dict()
-    torch.save(state, args.output / "state.pt.tmp")
-    os.replace(args.output / "state.pt.tmp", args.output / "state.pt")  # whole, or the one before
-
-
-def load_state(args: argparse.Namespace, speculator, optimizer) -> int:
-    """The step to go on from: 0 in a new directory."""
-    if not (file := args.output / "state.pt").exists():
-        return 0
-    state = torch.load(file, map_location="cpu", weights_only=True)
-    speculator.load_state_dict(state["speculator"])
-    optimizer.load_state_dict(state["optimizer"])
-    return state["step"]
-
-
-# --- evaluation --------------------------------------------------------------------------------
-
-
-def evaluate(target: Transformer, speculator: MLPSpeculator, requests: list[Request]) -> dict:
-    """Real speculative decoding of these requests: tokens per step and acceptance per head."""
-    longest = max(r.params.max_tokens + len(r.prompt) for r in requests)
-    engine = Engine(
-        target,
-        speculator,
-        batch_size=min(len(requests), 128),
-        max_seq_len=longest,
-        num_draft_tokens=speculator.args.n_predict,
-    )
-    steps, accepted, answers = 0, [0] * engine.k, [[] for _ in requests]
-    for progress in decode_loop(engine, requests):
-        steps += 1
-        answers[progress.request] += progress.tokens
-        for head in range(progress.accepted):
-            accepted[head] += 1
-    return {
-        "answers": len(answers),
-        "tokens_per_step": sum(map(len, answers)) / steps,
-        "accepted_per_head": [count / steps for count in accepted],
-        "repetition": sum(map(repeated, answers)) / max(1, sum(map(len, answers))),
-    }
+SHARD = 2**24 - 2**14  # bytes of tensors in a file: with its header it stays below 16 MiB
 
 
 def repeated(answer: list[int], n: int = 8) -> int:
@@ -412,15 +308,33 @@ def repeated(answer: list[int], n: int = 8) -> int:
     return len(grams) - len(set(grams))
 
 
-# --- files -------------------------------------------------------------------------------------
+def report(args: Namespace, llm: LLM, target: Transformer, sets: dict) -> None:
+    """Real speculative decoding with what was written, on each of these sets: report.json."""
+    speculator, rows = load_speculator(args.output, llm.device, llm.dtype), []
+    llm.k = args.n_predict
+    for name, temperature in product(sets, (0.0, 1.0)):
+        requests = asked(sets[name], [temperature], args)
+        width = {"batch_size": min(len(requests), 128), "max_seq_len": llm.max_seq_len}
+        llm.engine = Engine(target, speculator, **width, num_draft_tokens=llm.k)
+        outputs = [output for *_, output in llm.run(requests) if output is not None]
+        answers = [output.outputs[0].token_ids for output in outputs]
+        steps, tokens = sum(output.steps for output in outputs), sum(map(len, answers))
+        heads = zip(*(output.accepted_per_head for output in outputs), strict=True)
+        row = {"prompts": name, "temperature": temperature, "answers": len(answers)}
+        row["tokens_per_step"] = round(tokens / steps, 4)
+        row["accepted_per_head"] = [round(sum(head) / steps, 4) for head in heads]
+        row["repetition"] = round(sum(map(repeated, answers)) / tokens, 4)
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+    (args.output / "report.json").write_text(json.dumps(rows, indent=2) + "\n")
 
 
-def speculator_config(args: argparse.Namespace, target: ModelArgs) -> dict:
+def speculator_config(args: Namespace, target: ModelArgs) -> dict:
     """config.json of the speculator, as the published ones have it."""
     config = {
         "architectures": ["MLPSpeculatorPreTrainedModel"],
         "model_type": "mlp_speculator",
-        "base_model_name_or_path": args.checkpoint,
+        "base_model_name_or_path": args.base_model or args.checkpoint,
         "emb_dim": target.dim,
         "inner_dim": args.inner_dim or target.dim,
         "n_predict": args.n_predict,
@@ -435,12 +349,11 @@ def speculator_config(args: argparse.Namespace, target: ModelArgs) -> dict:
 
 
 def save_speculator(speculator: MLPSpeculator, config: dict, directory: Path) -> None:
-    """config.json and model.safetensors with the published names; tied tensors once."""
+    """config.json and the weights with the published names, tied tensors once."""
     tensors = {f"speculator.{k}": p.detach().half() for k, p in speculator.named_parameters()}
     if speculator.draft_ids is not None:
         tensors["draft_ids"] = speculator.draft_ids.int()
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    save_torch_state_dict(tensors, directory, max_shard_size=SHARD)
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
@@ -451,24 +364,23 @@ def plot(directory: Path) -> None:
     except ImportError:
         print('train: no plot; pip install ".[plot]" brings matplotlib', file=sys.stderr)
         return
-    lines = (directory / "metrics.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
+    rows = [json.loads(row) for row in (directory / "metrics.jsonl").read_text().splitlines()]
     figure = Figure(figsize=(10, 4), layout="constrained")
     for axes, key in zip(figure.subplots(1, 2), ("loss", "accepted"), strict=True):
-        for head, values in enumerate(zip(*(row[key] for row in rows), strict=True)):
-            axes.plot([row["step"] for row in rows], values, label=f"head {head + 1}")
-        axes.set(xlabel="step", ylabel=key, title={"accepted": "held-out acceptance"}.get(key, key))
-        axes.legend()
+        heads = axes.plot([row["step"] for row in rows], [row[key] for row in rows])
+        axes.set(xlabel="step", ylabel="loss" if key == "loss" else "held-out acceptance")
+        axes.legend(heads, [f"head {i + 1}" for i in range(len(heads))])
     figure.savefig(directory / "metrics.png")
 
 
 # --- command line ------------------------------------------------------------------------------
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="train.py", description=__doc__.splitlines()[0])
-    add, flag = parser.add_argument, argparse.BooleanOptionalAction
+def parse_arguments(argv: list[str] | None) -> Namespace:
+    parser = ArgumentParser(prog="train.py", description=__doc__.splitlines()[0])
+    add, flag = parser.add_argument, BooleanOptionalAction
     add("--checkpoint", required=True, help="target model: directory or hub id")
+    add("--base-model", help="what config.json calls the target; unset: --checkpoint as given")
     add("--prompts", nargs="+", required=True, help='JSON lines of {"prompt"} or {"messages"}')
     add("--eval-prompts", nargs="+", help="measured too, beside every 50th of the prompts")
     add("--output", type=Path, required=True, help="directory; a started one is gone on with")
@@ -477,9 +389,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--tie-weights", action=flag, default=True, help="one set of weights for all heads")
     add("--scale-input", action=flag, default=True, help="normalise the target's hidden state")
     add("--draft-vocab-size", type=int, help="draft only so many, the most frequent, tokens")
-    add("--answers", type=int, default=2, help="per prompt: greedy, T = 0.8, greedy, ... (2)")
+    add("--answers", type=int, default=2, help="per prompt: greedy, T = 0.8, 1, 0.8, ... (2)")
     add("--max-new-tokens", type=int, default=256, help="tokens per answer (256)")
-    add("--tokens", type=int, help="stop writing text there; unset: all prompts are answered")
+    add("--tokens", type=int, help="of answers to the prompts; unset: answer all of them")
     add("--rows", type=int, default=64, help="answers written together (64)")
     add("--steps", type=int, default=10000, help="training steps (10000)")
     add("--batch-size", type=int, default=8192, help="positions per step and GPU (8192)")
@@ -488,121 +400,80 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--device", help="unset: cuda if there is one, else cpu")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     args = parser.parse_args(argv)
+    for name in ("n_predict", "answers", "max_new_tokens", "rows", "steps", "batch_size"):
+        if (value := getattr(args, name)) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {value} is out of range: at least 1")
     args.world = int(os.environ.get("WORLD_SIZE", 1))
     args.rank = int(os.environ.get("RANK", 0))
+    if args.world > 1 and not args.device and torch.cuda.is_available():
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     return args
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse_arguments(argv)
     try:
-        run(args)
+        run(parse_arguments(argv))
     except KeyboardInterrupt:
         print("train: interrupted; the same command goes on", file=sys.stderr)
         return 130
-    except torch.OutOfMemoryError as error:
-        advice = "lower --rows (text) or --batch-size (training); what is done is kept"
-        print(f"train: {one_line(error)}: {advice}", file=sys.stderr)
-        return 1
-    except (ValueError, OSError) as error:
-        print(f"train: {one_line(error)}", file=sys.stderr)
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        full = isinstance(error, torch.OutOfMemoryError)
+        advice = "; lower --rows (text) or --batch-size (training)" if full else ""
+        print(f"train: {one_line(error)}{advice}", file=sys.stderr)
         return 1
     return 0
 
 
-def run(args: argparse.Namespace) -> None:
-    check_options(args)
-    prompts = read_prompts(args.prompts)
-    sets = {"held-out": prompts[::HELD_OUT]}
-    prompts = [messages for i, messages in enumerate(prompts) if i % HELD_OUT]
-    if args.eval_prompts:
-        sets |= {Path(file).stem: read_prompts([file]) for file in args.eval_prompts}
-    directory = local_checkpoint(args.checkpoint)
-    target_args = ModelArgs.from_config(read_json(directory / "config.json"))
-    config = speculator_config(args, target_args)
-    speculator_args = SpeculatorArgs.from_config(config)
-    if args.world > 1 and not args.device and torch.cuda.is_available():
-        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-    llm = LLM(
-        directory,
-        device=args.device,
-        dtype=args.dtype,
-        batch_size=args.rows,
-        max_seq_len=min(target_args.max_position, MAX_PROMPT + args.max_new_tokens),
-        load=False,
-    )
+def keep_settings(args: Namespace, prompts: list[Request]) -> None:
+    """settings.json: an output directory is gone on with under the same settings only."""
+    free = ("output", "eval_prompts", "prompts", "device", "rank", "rows", "base_model")
+    settings = {name: value for name, value in vars(args).items() if name not in free}
+    settings["prompts"] = hashlib.sha256(str([p.prompt for p in prompts]).encode()).hexdigest()
+    args.output.mkdir(parents=True, exist_ok=True)
+    if not (file := args.output / "settings.json").exists():
+        file.write_text(json.dumps(settings, indent=2) + "\n")
+    for name, before in read_json(file).items():
+        if before != (now := settings.get(name)):
+            begun = f"{args.output} was begun with {name} {before}, not {now}"
+            raise ValueError(f"{begun}; choose another --output")
+
+
+def run(args: Namespace) -> None:
+    llm = LLM(args.checkpoint, device=args.device, dtype=args.dtype, load=False)
     if llm.tokenizer is None or llm.tokenizer.chat_template is None:
-        raise ValueError(f"{directory}: no chat template; put a chat_template.jinja there")
-    requests = make_requests(llm, prompts, args)
-    held_out = make_requests(llm, sets["held-out"], args, answers=1)
+        raise ValueError(f"{llm.directory}: no chat template; put a chat_template.jinja there")
+    llm.max_seq_len = min(llm.max_seq_len, PROMPT_TOKENS + args.max_new_tokens)
+    config = speculator_config(args, llm.args)
+    speculator_args = SpeculatorArgs.from_config(config)
+    prompts = read_prompts(llm, args.prompts, least=2)
+    sets = {"held-out": prompts[::HELD_OUT]}
+    sets |= {Path(file).stem: read_prompts(llm, [file]) for file in args.eval_prompts or ()}
+    prompts = [prompt for i, prompt in enumerate(prompts) if i % HELD_OUT]
     keep_settings(args, prompts)
     if args.world > 1:
         torch.distributed.init_process_group("nccl" if llm.device.type == "cuda" else "gloo")
-    llm.load()
-    mine = requests[args.rank :: args.world]
-    file = args.output / f"text-{args.rank}-of-{args.world}.jsonl"
-    texts = write_text(llm, mine, file, (args.tokens or math.inf) / args.world)
-    held_out_texts = write_text(llm, held_out, args.output / f"held-out-{args.rank}.jsonl")
-    print(f"train: {sum(len(t.answer) for t in texts)} tokens of text", file=sys.stderr)
 
-    del llm.engine  # with its cache and graphs
+    target = load_model(llm.directory, llm.device, llm.dtype)
+    width, compiled = llm.max_seq_len, llm.compiled
+    engine = Engine(target, batch_size=args.rows, max_seq_len=width, compiled=compiled)
+    texts = training_text(llm, engine, prompts, args)
+    file = args.output / f"held-out-{args.rank}.jsonl"
+    held_out = write_text(engine, asked(sets["held-out"], [0.0], args), file)
+    print(f"train: {sum(len(answer) for _, answer in texts)} tokens of text", file=sys.stderr)
+    del engine  # with its cache and graphs
     torch._dynamo.reset()
     gc.collect()
-    target = load_model(directory, llm.device, llm.dtype)
+    torch.cuda.empty_cache()
+
     speculator = new_speculator(speculator_args, texts, args.seed, llm.device)
     losses = HeadLosses(speculator, target.output.weight.detach())
-    train(args, target, losses, texts, hidden_states(target, held_out_texts))
+    train(args, target, losses, texts, hidden_states(target, held_out))
     if args.rank == 0:
         save_speculator(speculator, config, args.output)
         plot(args.output)
         report(args, llm, target, sets)
     if args.world > 1:
         torch.distributed.destroy_process_group()
-
-
-def check_options(args: argparse.Namespace) -> None:
-    least_one = ("n_predict", "answers", "max_new_tokens", "rows", "steps", "batch_size")
-    for name in (*least_one, "inner_dim", "seed", "learning_rate"):
-        value, least = getattr(args, name), int(name in least_one)
-        if value < least:
-            option = "--" + name.replace("_", "-")
-            raise ValueError(f"{option} {value} is out of range: at least {least}")
-
-
-def keep_settings(args: argparse.Namespace, prompts: list) -> None:
-    """settings.json: an output directory is gone on with under the same settings only."""
-    file = args.output / "settings.json"
-    free = ("output", "eval_prompts", "prompts", "device", "rank", "world", "rows")
-    settings = {name: value for name, value in vars(args).items() if name not in free}
-    settings["prompts"] = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
-    args.output.mkdir(parents=True, exist_ok=True)
-    if not file.exists():
-        file.write_text(json.dumps(settings, indent=2) + "\n")
-    for name, before in read_json(file).items():
-        if before != settings[name]:
-            raise ValueError(
-                f"{args.output} was begun with {name} {before}, not {settings[name]}; "
-                "choose another --output"
-            )
-
-
-def report(args: argparse.Namespace, llm: LLM, target: Transformer, sets: dict) -> None:
-    """Measure the written speculator; report.json and a table."""
-    speculator = load_speculator(args.output, llm.device, llm.dtype)
-    rows = []
-    print("prompts          T  answers  tokens per step  repetition  accepted per head")
-    for name, prompts in sets.items():
-        for temperature in (0.0, 1.0):
-            requests = make_requests(llm, prompts, args, 1, (temperature,))
-            row = evaluate(target, speculator, requests)
-            rows.append({"prompts": name, "temperature": temperature} | row)
-            heads = "  ".join(f"{share:.3f}" for share in row["accepted_per_head"])
-            print(
-                f"{name:<15}{temperature:3.0f}{row['answers']:9}{row['tokens_per_step']:17.3f}"
-                f"{row['repetition']:12.3f}  {heads}",
-                flush=True,
-            )
-    (args.output / "report.json").write_text(json.dumps(rows, indent=2) + "\n")
 
 
 if __name__ == "__main__":

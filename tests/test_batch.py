@@ -76,9 +76,9 @@ def test_all_free_rows_are_refilled_before_the_next_step(model, ahead):
 
 
 @pytest.mark.parametrize("ahead", [0, 1])
-def test_a_wide_batch_waits_for_a_sixteenth_of_its_rows(model, ahead):
-    """Of 32 rows one ends in each step, so two are refilled after every second one; the last
-    request has nobody to go with. Each answer is what its prompt alone gets."""
+def test_a_wide_batch_waits_for_an_eighth_of_its_rows(model, ahead):
+    """Of 32 rows one ends in each step, so four are refilled after every fourth one; the
+    last time only three requests are left. Each answer is what its prompt alone gets."""
     engine, launched = Engine(model, batch_size=32, max_seq_len=64), []
     engine.ahead = ahead
     prefill, step = engine.prefill, engine.step
@@ -88,8 +88,8 @@ def test_a_wide_batch_waits_for_a_sixteenth_of_its_rows(model, ahead):
     tokens = [[] for _ in requests]
     for event in decode_loop(engine, requests):
         tokens[event.request] += event.tokens
-    assert "".join(launched).startswith("32" + "s" * ahead + "ss2" * 5 + "ss1s")
-    assert launched.count("s") == 2 * 6 + 40 + 2 * ahead  # the last one's 40, and what is drained
+    assert "".join(launched).startswith("32" + "s" * ahead + "ssss4" * 2 + "ssss3s")
+    assert launched.count("s") == 4 * 3 + 40 + 2 * ahead  # the last one's 40, and what is drained
     alone = Engine(model, batch_size=1, max_seq_len=64)
     expected = [[] for _ in requests]
     for event in decode_loop(alone, requests):

@@ -11,14 +11,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import STORY, TEMPLATE, run_main, save_story, story_ids, tiny_llama
+from conftest import END, STORY, TEMPLATE, run_main, save_story, story_ids, tiny_llama
 from safetensors.torch import load_file
 
 import train
-from fastspec import LLM, SamplingParams
+from fastspec import LLM, Request, SamplingParams
 from model import load_model
 from speculator import MLPSpeculator, SpeculatorArgs, load_speculator
-from train import HeadLosses, States, Text
+from train import HeadLosses, States
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 
@@ -104,7 +104,7 @@ def test_only_the_right_alignment_solves_it(tmp_path, monkeypatch, offset, solva
     states, output = shifted(offset)
     monkeypatch.setattr(train, "hidden_states", lambda *_: states)
     args = SpeculatorArgs(48, 32, 1, 24)
-    texts = [Text([0], token.tolist()) for token in states.token.split(10)]
+    texts = [([0], token.tolist()) for token in states.token.split(10)]
     speculator = train.new_speculator(args, texts, 0, "cpu")
     weight = torch.zeros(24, 48)
     stub = SimpleNamespace(embed=SimpleNamespace(weight=weight), args=SimpleNamespace(dim=48))
@@ -122,17 +122,17 @@ def test_hidden_states_are_those_of_each_text_alone(tmp_path, monkeypatch):
     oracle = tiny_llama(tmp_path)
     generator = torch.Generator().manual_seed(0)
     ids = [torch.randint(97, (n,), generator=generator).tolist() for n in (9, 30, 4, 17, 2)]
-    texts = [Text(x[: len(x) // 2], x[len(x) // 2 :]) for x in ids]
+    texts = [(x[: len(x) // 2], x[len(x) // 2 :]) for x in ids]
     states = train.hidden_states(load_model(tmp_path), texts)
     start, found = 0, []
     for stop in sorted(set(states.end.tolist())):
         assert states.end[start:stop].tolist() == [stop] * (stop - start)
-        (text,) = [t for t in texts if t.answer == states.token[start:stop].tolist()]
+        ((prompt, answer),) = [t for t in texts if t[1] == states.token[start:stop].tolist()]
         with torch.no_grad():
-            hidden = oracle.model(torch.tensor([text.ids])).last_hidden_state[0]
-        expected = hidden[len(text.prompt) - 1 : -1]
+            hidden = oracle.model(torch.tensor([prompt + answer])).last_hidden_state[0]
+        expected = hidden[len(prompt) - 1 : -1]
         torch.testing.assert_close(states.hidden[start:stop], expected, rtol=1e-4, atol=1e-4)
-        found.append(text)
+        found.append(answer)
         start = stop
     assert start == len(states.token) and len(found) == len(texts)
 
@@ -207,27 +207,93 @@ def test_text_that_is_there_is_not_written_again(target, prompts, whole, tmp_pat
     assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
 
 
-def test_text_stops_at_the_tokens_asked_for(target, prompts, tmp_path):
-    """What was begun is finished: up to one answer of 21 tokens more per row."""
+def test_text_stops_at_the_tokens_asked_for(target, prompts, tmp_path, monkeypatch):
+    """What was begun is finished: up to one answer of 21 tokens more per row. Once it is there,
+    nothing is compiled to write none."""
     assert run(target, prompts, tmp_path, tokens=500, steps=1) == 0
     answers = [row[1] for row in read_lines(tmp_path / "text-0-of-1.jsonl")]
     assert 500 <= sum(map(len, answers)) < 500 + 17 * 21
+    monkeypatch.setattr(train, "decode_loop", None)
+    assert run(target, prompts, tmp_path, tokens=500, steps=1) == 0
 
 
-def test_blocks_of_hidden_states_cover_every_text():
-    texts = [Text([1], [2] * n) for n in (5, 3, 9, 1, 1, 4)]
-    blocks = train.blocks_of(texts, 9)
-    assert [text for block in blocks for text in block] == texts
-    assert all(sum(len(t.answer) for t in block) <= 9 for block in blocks)
-    plan = train.schedule([7, 4], 3, seed=0)
-    steps = [next(plan) for _ in range(6)]
-    assert [block for block, _ in steps] == [0, 0, 1, 0, 0, 1]
-    assert all(len(batch) == 3 for _, batch in steps)
-    assert not set(steps[0][1].tolist()) & set(steps[1][1].tolist())  # one epoch, no example twice
+def test_code_is_cut_at_some_line(tmp_path):
+    """A block of four lines: one to three of them, after one of the instructions."""
+    answers = {1: "So:\n```python\na\nb\nc\nd\n```\nand", 2: "no code", 3: "```x\none\n```"}
+    asked = []
+    llm = SimpleNamespace(
+        tokenizer=SimpleNamespace(decode=lambda ids: answers[ids[0]], chat_template=""),
+        chat_request=lambda turns, *_: asked.append(turns) or Request([len(asked)], None, 0, []),
+    )
+    texts = [([0], [i]) for i in (1, 2, 3, *[1] * 60)]
+    found = train.code_to_complete(llm, texts, tmp_path / "code.jsonl")
+    assert len(found) == len(asked) == len(read_lines(tmp_path / "code.jsonl")) == 61
+    prompts = {turns[0]["content"] for turns in asked}
+    # 61 draws of 12 equally likely ones miss one in 6 % of cases; with this seed they do not.
+    halves = ("a", "a\nb", "a\nb\nc")
+    assert prompts == {f"{words}\n\n{half}" for words in train.COMPLETE for half in halves}
+
+
+def test_code_in_the_answers_is_given_to_complete(target, prompts, tmp_path, monkeypatch):
+    """Two beginnings of code, one answered greedily, one sampled: trained on beside the rest, and
+    a second run adds nothing."""
+    rows = [{"prompt": "Finish this program:\n\nfoo"}, {"prompt": "Write the rest:\n\nbar"}]
+
+    def code(llm, texts, file):
+        assert len(texts) == 98
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return train.read_prompts(llm, [file])
+
+    trained, batches = [], train.batches
+    monkeypatch.setattr(train, "code_to_complete", code)
+    monkeypatch.setattr(train, "batches", lambda *a: trained.append(len(a[1])) or batches(*a))
+    assert run(target, prompts, tmp_path, steps=1) == 0
+    text = tmp_path / "code-0-of-1.jsonl"
+    assert sorted(read_lines(text)) == [[i, [*story_ids(target), END]] for i in (0, 1)]
+    before = text.read_bytes()
+    assert run(target, prompts, tmp_path, steps=1) == 0
+    assert text.read_bytes() == before and trained == [100, 100]
+
+
+def test_an_epoch_has_every_example_once(monkeypatch):
+    """In blocks that fit into memory, one after the other, each shuffled. Hidden states tell where
+    they are from; going on gives the batches that an uninterrupted run would have had."""
+    texts = [([1], [100 * i + j for j in range(n)]) for i, n in enumerate((5, 3, 9, 1, 2, 4))]
+    weight = torch.zeros(1, 1)
+    target = SimpleNamespace(embed=SimpleNamespace(weight=weight), args=SimpleNamespace(dim=1))
+    loads = []
+
+    def states(_, block):
+        loads.append(len(block))
+        token = torch.tensor([t for _, answer in block for t in answer])
+        end = torch.tensor([len(answer) for _, answer in block]).cumsum(0)
+        return States(
+            token[:, None].float(), token, end.repeat_interleave(end.diff(prepend=end[:1] * 0))
+        )
+
+    monkeypatch.setattr(train, "hidden_states", states)
+    monkeypatch.setattr(train, "CPU_ROOM", 8 * 36)  # bytes of so many positions: 4 + 32
+    options = SimpleNamespace(batch_size=3, seed=0, rank=0)
+
+    def first(count, start=0):
+        plan = train.batches(target, texts, 1, options, start)
+        return [next(plan) for _ in range(count)]
+
+    # Blocks of 5 + 3, 9 and 1 + 2 + 4 positions, of which 6, 8 and 4 have a next one.
+    epoch = first(5)
+    assert loads == [2, 1, 3]
+    met = [int(x) for state, *_ in epoch for x in state[:, 0]]
+    assert len(met) == len(set(met)) == 15
+    assert {x // 100 for x in met[:6]} == {0, 1} and {x // 100 for x in met[6:12]} == {2}
+    assert met[:6] != sorted(met[:6])
+    for state, tokens, *_ in epoch:
+        assert torch.equal(tokens - state.long(), torch.tensor([[0, 1]] * 3))
+    (again,) = first(1, start=3)
+    assert torch.equal(again[0], epoch[3][0]) and not torch.equal(first(6)[5][0], epoch[0][0])
 
 
 def test_a_small_memory_trains_block_by_block(target, prompts, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "block_size", lambda *_: 600)
+    monkeypatch.setattr(train, "CPU_ROOM", 600 * (4 * 400 + 32))  # bytes: 600 positions
     assert run(target, prompts, tmp_path, steps=120, batch_size=256, inner_dim=32) == 0
     rows = [row for row in read_lines(tmp_path / "metrics.jsonl")]
     assert rows[-1]["accepted"][0] > 0.9
@@ -239,7 +305,7 @@ def test_a_small_memory_trains_block_by_block(target, prompts, tmp_path, monkeyp
 def draft_config(**changes):
     """The config of a run for `tiny_llama`."""
     options = {"n_predict": 3, "inner_dim": 32, "tie_weights": True, "scale_input": True}
-    options |= {"checkpoint": "owner/it", "draft_vocab_size": None} | changes
+    options |= {"checkpoint": "here", "base_model": "owner/it", "draft_vocab_size": None} | changes
     target = SimpleNamespace(dim=48, vocab_size=97)
     return train.speculator_config(SimpleNamespace(**options), target)
 
@@ -249,7 +315,7 @@ def draft_config(**changes):
 def test_saved_weights_load_as_they_were(tmp_path, tie, drafted):
     """Under the published names, in float16; tied tensors are stored once."""
     config = draft_config(tie_weights=tie, draft_vocab_size=drafted)
-    texts = [Text([1], [5, 6, 7, 5, 6, 5, *range(20, 33)])]
+    texts = [([1], [5, 6, 7, 5, 6, 5, *range(20, 33)])]
     args = SpeculatorArgs.from_config(config)
     speculator = train.new_speculator(args, texts, 3, "cpu")
     train.save_speculator(speculator, config, tmp_path)
@@ -267,12 +333,31 @@ def test_saved_weights_load_as_they_were(tmp_path, tie, drafted):
         assert loaded.draft_ids.tolist() == [5, 6, 7, *range(20, 29)]
 
 
+def test_weights_are_cut_into_files_that_travel(tmp_path, monkeypatch):
+    """No file has more bytes of tensors than asked for, unless one tensor is larger; the index
+    finds all of them; what a run before left there goes away."""
+    config = draft_config(tie_weights=False)
+    speculator = train.new_speculator(SpeculatorArgs.from_config(config), [], 0, "cpu")
+    train.save_speculator(speculator, config, tmp_path)
+    assert (tmp_path / "model.safetensors").exists()
+    most = 97 * 32 * 2 + 32 * 48 * 2  # an embedding and the first projection; two do not fit
+    monkeypatch.setattr(train, "SHARD", most)
+    train.save_speculator(speculator, config, tmp_path)
+    files = sorted(tmp_path.glob("*.safetensors"))
+    tensors = [load_file(file) for file in files]
+    assert files[0].name == f"model-00001-of-{len(files):05}.safetensors" and len(files) > 5
+    assert all(sum(t.nbytes for t in part.values()) <= most for part in tensors)
+    loaded = load_speculator(tmp_path)
+    for name, param in speculator.named_parameters():
+        assert torch.equal(loaded.get_parameter(name), param.half().float()), name
+
+
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 def test_a_draft_vocabulary_changes_no_text(tmp_path, temperature):
     """Drafts come from it alone; what it lacks the target still says."""
     tiny_llama(tmp_path / "target")
     config = draft_config(draft_vocab_size=40)
-    texts = [Text([1], list(range(0, 80, 2)))]
+    texts = [([1], list(range(0, 80, 2)))]
     speculator = train.new_speculator(SpeculatorArgs.from_config(config), texts, 0, "cpu")
     train.save_speculator(speculator, config, mkdir(tmp_path / "draft"))
     params = SamplingParams(temperature=temperature, max_tokens=60, seed=4)
@@ -297,7 +382,7 @@ def mkdir(path: Path) -> Path:
 def test_draft_logits_are_those_of_the_full_vocabulary(tmp_path):
     """Against a speculator without one whose rows are the same, the shared one repeated."""
     args = SpeculatorArgs.from_config(draft_config(draft_vocab_size=40))
-    small = train.new_speculator(args, [Text([1], list(range(0, 80, 2)))], 0, "cpu")
+    small = train.new_speculator(args, [([1], list(range(0, 80, 2)))], 0, "cpu")
     full = MLPSpeculator(SpeculatorArgs(48, 32, 3, 97, True, True))
     rows = torch.full((97,), 40)
     rows[small.draft_ids] = torch.arange(40)
@@ -352,22 +437,34 @@ def last_line(capsys):
 
 
 @pytest.mark.parametrize(
-    ("lines", "words"),
+    ("line", "words"),
     [
-        ("", "0 prompts"),
-        ('{"prompt": "x"}\n' * 3, "1 prompts"),
-        ('{"prompt": "x"}\n{"prompt"', ":2: not JSON"),
-        ('{"prompt": "x"}\n\n{"text": "x"}', ":3: expected an object with either"),
-        ('{"prompt": "x", "messages": []}', ":1: expected"),
-        ('{"messages": [{"role": "user"}]}', ":1: message 0 has no content"),
-        ('["x"]', ":1: expected an object"),
+        ('{"prompt"', "not JSON"),
+        ('{"text": "x"}', "expected either prompt or messages"),
+        ('{"prompt": "x", "messages": []}', "expected either prompt or messages"),
+        ('{"messages": [{"role": "user"}]}', "message 0 has no content"),
+        ('{"messages": []}', "the conversation has no messages"),
+        ('["x"]', "expected a JSON object"),
+        (json.dumps({"prompt": " one" * 200}), "and max_seq_len 128 leaves no room"),
     ],
 )
-def test_bad_prompts_are_named_by_line(target, tmp_path, capsys, lines, words):
+def test_a_prompt_that_cannot_be_used_is_named_by_line(target, tmp_path, capsys, line, words):
+    """And the others are."""
     file = tmp_path / "p.jsonl"
-    file.write_text(lines)
+    file.write_text('{"prompt": "x"}\n\n' + line + '\n{"prompt": "y", "category": "z"}')
+    llm = LLM(target, load=False)
+    ids = [llm.tokenizer.encode(f"<|user|>{text}<|answer|>") for text in "xy"]
+    assert sorted(request.prompt for request in train.read_prompts(llm, [file])) == sorted(ids)
+    error = last_line(capsys)
+    assert error.startswith(f"train: {file}:3 is left out: ") and words in error
+
+
+@pytest.mark.parametrize(("lines", "count"), [("", 0), ('{"prompt": "x"}\n' * 3, 1)])
+def test_too_few_prompts(target, prompts, tmp_path, capsys, lines, count):
+    (file := tmp_path / "p.jsonl").write_text(lines)
     assert run(target, file, tmp_path / "out") == 1
-    assert words in last_line(capsys)
+    assert last_line(capsys) == f"train: {file}: {count} prompts; at least 2 needed"
+    assert count or run(target, prompts, tmp_path / "out", "--eval-prompts", file) == 1
     assert not (tmp_path / "out").exists()
 
 
