@@ -439,6 +439,7 @@ def new_engines(
     llm: LLM, loaded: Loaded, kinds: list[Mode], batch: int
 ) -> list[tuple[Mode, ClockedEngine]]:
     sizes = {"batch_size": batch, "max_seq_len": llm.max_seq_len, "compiled": llm.compiled}
+    sizes["eight_bit_draft"] = llm.draft_dtype == "int8"
     return [
         (mode, ClockedEngine(loaded.target, loaded.speculator, **mode.options, **sizes))
         for mode in kinds
@@ -508,6 +509,8 @@ def measure_case(
     for mode, engine in engines:
         live = statistics.mean(run.live for run in runs[mode.name])
         draft = loaded.draft_weights if mode.nodes > 1 else Weights(0, 0)
+        if mode.nodes > 1 and llm.draft_dtype == "int8":  # the engine has replaced its heads
+            draft = draft_weights(engine.speculator, llm.k)
         need = step_need(loaded.target_weights, draft, engine, mode.nodes, live, batch)
         needed.append(need)
         rows.append(new_row(mode.name, mode.nodes, runs[mode.name], need, ceiling))
@@ -637,6 +640,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--speculator", help="MLP speculator: directory or hub id; none: plain decoding alone")
     add("--shape", metavar="NAME", help=f"random weights of a pair: {', '.join(SHAPES)}")
     add("--num-draft-tokens", type=int, help="tokens drafted per step; unset: all heads")
+    add("--draft-dtype", default="auto", choices=["auto", "int8"], help="int8: heads in 8 bits")
     add("--batch", type=counts, default=[1], help="rows decoded together, as 1,4,16 (1)")
     add("--prompt-len", type=counts, help="tokens per prompt, as 128,2048 (128)")
     add("--prompts", metavar="FILE", help="JSON lines with prompt or messages, and sampling fields")
@@ -740,6 +744,7 @@ def open_model(
 ) -> LLM:
     """Configs and tokenizer alone; refuses what does not fit into memory."""
     config = {"model": speculator, "num_speculative_tokens": args.num_draft_tokens}
+    config["draft_dtype"] = args.draft_dtype
     return LLM(
         target,
         config if speculator else None,

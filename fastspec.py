@@ -841,13 +841,14 @@ class LLM:
 
     model: a directory, or a hub id (whose needed files are fetched). speculative_config: None, or
     {"model": directory or hub id, "method": "mlp_speculator", "num_speculative_tokens": int,
-    "revision": str, "tree": int, "top_k_tokens_per_head": list of int,
-    "draft_tensor_parallel_size": int}, all but "model" optional; "tree" is how many nodes a step
-    verifies, 0 for a chain. dtype "auto" is float16 or bfloat16 on a GPU, as the checkpoint says;
-    on a CPU bfloat16 where it has instructions for it, else float32. `compile` None means: on a
-    GPU. tensor_parallel_size GPUs share the target, and the speculator too where its own size (1,
-    if not given) is the same. Raises ValueError for what does not fit before reading weights;
-    `load=False` leaves these to a later `load()`, so that prompts can be checked first, too.
+    "revision": str, "tree": int, "top_k_tokens_per_head": list of int, "draft_dtype": "auto" or
+    "int8", "draft_tensor_parallel_size": int}, all but "model" optional; "tree" is how many nodes a
+    step verifies, 0 for a chain; int8 keeps the heads in 8 bits on a GPU. dtype "auto" is float16
+    or bfloat16 on a GPU, as the checkpoint says; on a CPU bfloat16 where it has instructions for
+    it, else float32. `compile` None means: on a GPU. tensor_parallel_size GPUs share the target,
+    and the speculator too where its own size (1, if not given) is the same. Raises ValueError for
+    what does not fit before reading weights; `load=False` leaves these to a later `load()`, so that
+    prompts can be checked first, too.
     """
 
     def __init__(
@@ -893,6 +894,11 @@ class LLM:
                 speculative_config, speculator_args, self.k, batch_size
             )
             self.k = min(self.k, self.tree - 1) if self.tree else self.k
+        self.draft_dtype = (speculative_config or {}).get("draft_dtype", "auto")
+        if self.draft_dtype not in ("auto", "int8"):
+            raise ValueError(f"draft_dtype {self.draft_dtype!r} is not supported: auto, int8")
+        if self.draft_dtype == "int8" and self.device.type != "cuda":
+            raise ValueError("draft_dtype int8 needs a GPU, whose kernels read it; leave it out")
         self.tensor_parallel_size = tensor_parallel_size
         self.draft_parallel_size = (speculative_config or {}).get("draft_tensor_parallel_size", 1)
         check_parallel_sizes(tensor_parallel_size, self.draft_parallel_size, self.device)
@@ -944,6 +950,7 @@ class LLM:
             tree=self.tree,
             top_k_tokens_per_head=self.top_k_tokens_per_head,
             compiled=self.compiled,
+            eight_bit_draft=self.draft_dtype == "int8",
             ranks=ranks,
             draft_ranks=ranks if self.draft_parallel_size > 1 else None,
         )
@@ -1196,7 +1203,7 @@ def read_speculative_config(
     if not isinstance(config, dict):
         raise ValueError(f"speculative_config {config!r} is not a dict with the key model")
     known = ("model", "method", "num_speculative_tokens", "tree", "top_k_tokens_per_head")
-    known = (*known, "draft_tensor_parallel_size", "revision")
+    known = (*known, "draft_dtype", "draft_tensor_parallel_size", "revision")
     if unknown := [key for key in config if key not in known]:
         raise ValueError(
             f"speculative_config: {unknown[0]} is not supported; supported: {', '.join(known)}"
@@ -1352,6 +1359,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--speculator-revision", help="revision of a speculator from the hub")
     add("--num-draft-tokens", type=int, help="tokens drafted per step; 0: none; unset: all heads")
     add("--tree", type=int, metavar="N", help="verify a tree of N nodes per step; 0: a chain")
+    add("--draft-dtype", choices=["int8"], help="keep the speculator's heads in 8 bits (GPU)")
     add("--top-k-tokens-per-head", type=integers, metavar="4,3,..", help="children in a tree")
     add("--prompt", nargs="+", help="one or more texts; with --interactive the first turns")
     add("--prompts", metavar="FILE", help="JSON lines with prompt or messages, and sampling fields")
@@ -1460,6 +1468,7 @@ def check_options(args: argparse.Namespace) -> None:
     if args.revision and not args.checkpoint:
         raise ValueError("--revision needs --checkpoint")
     needing = ("num_draft_tokens", "speculator_revision", "tree", "top_k_tokens_per_head")
+    needing = (*needing, "draft_dtype")
     if given := [name for name in needing if getattr(args, name) and not args.speculator]:
         raise ValueError(f"--{given[0].replace('_', '-')} needs --speculator")
     if bool(args.prompts) != bool(args.output):
@@ -1485,6 +1494,7 @@ def llm_without_weights(args: argparse.Namespace, devices: int) -> LLM:
         speculative["draft_tensor_parallel_size"] = args.draft_tensor_parallel_size
         speculative["tree"] = args.tree
         speculative["top_k_tokens_per_head"] = args.top_k_tokens_per_head
+        speculative["draft_dtype"] = args.draft_dtype or "auto"
         target = target or target_of(args.speculator, args.speculator_revision)
     if target in (None, DEMO):
         target = demo_checkpoint()

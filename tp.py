@@ -361,6 +361,9 @@ def worker_options(llm) -> dict:
         speculative = {"model": str(llm.speculator_dir.absolute())}
         speculative["num_speculative_tokens"] = llm.k
         speculative["draft_tensor_parallel_size"] = llm.draft_parallel_size
+        speculative["draft_dtype"], speculative["tree"] = llm.draft_dtype, llm.tree
+        if llm.tree:
+            speculative["top_k_tokens_per_head"] = list(llm.top_k_tokens_per_head)[: llm.k]
     return {
         "model": str(llm.directory.absolute()),
         "speculative_config": speculative,

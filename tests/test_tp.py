@@ -103,6 +103,13 @@ def test_a_draft_vocabulary_is_shared_too(root, group):
         assert group[1][f"narrow {kind}"] == answers(llm, kind)
 
 
+@pytest.mark.parametrize("kind", ["greedy", "sampled"])
+def test_trees_are_the_same(root, group, kind):
+    expected = answers(new_llm(root / "gqa", root / "draft", tree=9), kind)
+    for draft_size in (1, group[0]):
+        assert group[1][f"tree {draft_size} {kind}"] == expected
+
+
 def test_a_conversation_goes_on_in_every_ranks_cache(root, group):
     expected = two_turns(new_llm(root / "gqa", root / "draft"))
     assert group[1]["turns"] == expected

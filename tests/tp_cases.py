@@ -29,8 +29,10 @@ MIXED = [GREEDY, replace(SAMPLED[1], top_p=0.9, top_k=40, min_p=0.01), SAMPLED[2
 SETTINGS = {"greedy": GREEDY, "sampled": SAMPLED, "mixed": MIXED}
 
 
-def new_llm(target, draft=None, draft_size=1, **options):
+def new_llm(target, draft=None, draft_size=1, tree=0, **options):
     speculative = draft and {"model": str(draft), "draft_tensor_parallel_size": draft_size}
+    if tree:
+        speculative |= {"tree": tree, "top_k_tokens_per_head": [3, 2, 2]}
     here = {"dtype": "float32", "device": "cpu", "batch_size": 3, "max_seq_len": 64}
     return LLM(target, speculative, **(here | options))
 
@@ -115,6 +117,12 @@ def main(size, root):
     llm = new_llm(root / "gqa", root / "narrow", size, tensor_parallel_size=size, load=False)
     llm.load(ranks)
     results |= {f"narrow {kind}": answers(llm, kind) for kind in ("greedy", "sampled")}
+    for draft_size in (1, size):
+        draft = root / "draft", draft_size, 9
+        llm = new_llm(root / "gqa", *draft, tensor_parallel_size=size, load=False)
+        llm.load(ranks)
+        for kind in ("greedy", "sampled"):
+            results[f"tree {draft_size} {kind}"] = answers(llm, kind)
     llm = new_llm(root / "gqa", root / "draft", tensor_parallel_size=size, load=False)
     llm.load(ranks)
     results["turns"] = two_turns(llm)
