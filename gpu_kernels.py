@@ -97,7 +97,7 @@ def _linear(
         old = tl.load(residual + at, mask=inside, other=0.0)
     if cos is not None:
         angle = m[None, :] * (E // 2) + (first % E + tl.arange(0, half))[:, None]
-        turn = (m < M)[None, :] & (first < turned)
+        turn = ((m < M) & (m * 0 + first < turned))[None, :]
         c = tl.load(cos + angle, mask=turn, other=1.0)
         s = tl.load(sin + angle, mask=turn, other=0.0)
 

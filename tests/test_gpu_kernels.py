@@ -174,13 +174,12 @@ def test_a_speculator_in_8_bits_drafts_nearly_the_same():
         torch.testing.assert_close(rough.head[0](many), parts, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("spread", [1.0, 4.0])
-def test_choices_are_those_of_the_plain_sampling(spread):
+def test_choices_are_those_of_the_plain_sampling():
     """Two blocks of tokens; every filter by itself, together, and none. The noise of the two may
     differ by 1e-6, the thresholds by what sums in another order do: no choice is so close."""
     torch.manual_seed(0)
     B, n, V = 4, 2, BLOCK + 100
-    logits = random(B, n, V, scale=spread)
+    logits = random(B, n, V, scale=2.0)
     T = torch.tensor([0.8, 1.0, 5.0, 0.0], device=DEVICE)
     seed = torch.tensor([5, 2**61 + 3, 7, 0], device=DEVICE)
     position = torch.randint(0, 5000, (B, n), device=DEVICE)

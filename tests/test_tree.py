@@ -296,7 +296,7 @@ class ScriptedTree(Scripted):
         super().__init__(*script, **options)
         self.branch = branch
 
-    def draft_tree(self, hidden, token, position, top_k, nodes, score):
+    def draft_tree(self, hidden, token, position, top_k, nodes, score, top):
         right = self.draft(hidden, token, position, len(top_k))
         tokens, parents, above, n = [token], [0], 0, 1
         for i, k in enumerate(top_k):
