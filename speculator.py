@@ -282,6 +282,7 @@ def load_speculator(
     with torch.device("meta"):
         model = MLPSpeculator(args).to(dtype)
     found = _map_weights(directory)
+    _unpack(found)
     ids = _draft_ids(directory, found, args)
     _check(directory, found, _tensor_names(model))
     for name, param in model.named_parameters():
@@ -307,6 +308,16 @@ def _draft_ids(where: Path, found: dict, args: SpeculatorArgs) -> Tensor | None:
             f"found {list(ids.shape)} of {ids.dtype}"
         )
     return ids.long()
+
+
+def _unpack(found: dict) -> None:
+    """Replace int8 matrices and their scales per row, an addition to the format, by floats."""
+    for scale_name in [name for name in found if name.endswith("_scale")]:
+        file, stored, scale = found.pop(scale_name)
+        _, _, weight = found.get(name := scale_name.removesuffix("_scale"), (file, "", scale))
+        if weight.dtype != torch.int8 or scale.shape != weight.shape[:1] or weight.dim() != 2:
+            raise ValueError(f"{file}: {stored} must be the scales [rows] of an int8 matrix")
+        found[name] = (file, stored, weight * scale.float()[:, None])
 
 
 def _tensor_names(model: MLPSpeculator) -> dict[str, Tensor]:

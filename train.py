@@ -18,7 +18,7 @@ from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 
 import torch
@@ -38,7 +38,9 @@ from speculator import MLPSpeculator, SpeculatorArgs, load_speculator
 Text = tuple[list[int], list[int]]  # a prompt, and the target's answer to it
 HELD_OUT = 50  # every 50th prompt is for evaluation only
 PROMPT_TOKENS = 512  # for which there is room before an answer of full length
-SAMPLED = (0.8, 1.0)  # temperatures, in turn, of a prompt's answers after the first, greedy one
+SAMPLED = 0.8  # temperature of the texts that are not greedy
+BEGUN = 6  # tokens of a given prompt, at most, with which the target begins one of its own
+RUN = 13  # words in a row that no prompt of its own shares with an evaluation prompt
 COMPLETE = ("Complete this code.", "Finish this program:", "Write the rest:", "Go on with this:")
 
 
@@ -98,29 +100,80 @@ def write_text(engine: Engine, requests: list[Request], file: Path, most=math.in
     return [(requests[i].prompt, done[i]) for i in sorted(done)]
 
 
-def code_to_complete(llm: LLM, texts: list[Text], file: Path) -> list[Request]:
-    """The first code block of each answer up to some line of it, as prompts that `file` keeps."""
-    rng, rows = random.Random(0), []
+def in_turn(prompts: list[Request], args: Namespace) -> list[Request]:
+    """Every prompt once: the first greedily, the second sampled, and so on."""
+    return asked(prompts[::2], [0.0], args) + asked(prompts[1::2], [SAMPLED], args)
+
+
+def runs(text: str) -> set[tuple[str, ...]]:
+    words = text.split()
+    return {tuple(words[i : i + RUN]) for i in range(len(words) - RUN + 1)}
+
+
+def keep_prompts(llm: LLM, texts: list[str], file: Path, apart: set) -> list[Request]:
+    """Requests of texts as prompts, without those that share a run of words with `apart`. `file`
+    keeps them: once it is there, it counts."""
+    if not file.exists():
+        rows = [json.dumps({"prompt": text}) for text in texts if not runs(text) & apart]
+        file.with_suffix(".tmp").write_text("\n".join(rows))
+        file.with_suffix(".tmp").replace(file)
+    return read_prompts(llm, [file], least=0)
+
+
+def code_to_complete(llm: LLM, texts: list[Text]) -> list[str]:
+    """The first code block of each answer up to some line of it, to go on with."""
+    rng, found = random.Random(0), []
     for _, answer in texts:
         block = llm.tokenizer.decode(answer).partition("```")[2].partition("```")[0]
         lines = block.splitlines()[1:]  # the first one names the language
         if len(lines) >= 4:
             code = "\n".join(lines[: rng.randrange(1, len(lines))])
-            rows.append(json.dumps({"prompt": f"{rng.choice(COMPLETE)}\n\n{code}"}))
-    file.write_text("\n".join(rows))
-    return read_prompts(llm, [file], least=0)
+            found.append(f"{rng.choice(COMPLETE)}\n\n{code}")
+    return found
 
 
-def training_text(llm: LLM, engine: Engine, prompts: list[Request], args: Namespace) -> list[Text]:
-    """This rank's answers to the prompts, then to what `code_to_complete` finds in them."""
-    temperatures = [0.0, *SAMPLED * args.answers][: args.answers]
-    given = asked(prompts, temperatures, args)[args.rank :: args.world]
-    part = f"{args.rank}-of-{args.world}.jsonl"
-    most = (args.tokens or math.inf) / args.world
-    texts = write_text(engine, given, args.output / f"text-{part}", most)
-    code = code_to_complete(llm, texts, args.output / f"code-prompts-{part}")
-    code = asked(code[::2], [0.0], args) + asked(code[1::2], [SAMPLED[0]], args)
-    return texts + write_text(engine, code, args.output / f"code-{part}")
+def in_common(prompts: list[list[int]]) -> int:
+    """Tokens with which all of these, different ones, begin."""
+    columns = zip(*prompts, strict=False)
+    return next((i for i, column in enumerate(columns) if len(set(column)) > 1), 0)
+
+
+def training_text(
+    llm: LLM, engine: Engine, prompts: list[Request], sets: dict, args: Namespace
+) -> list[Text]:
+    """This rank's answers: to the prompts, greedy and sampled; to prompts that the target writes
+    itself, each begun with the first words of one; to the beginnings of the code in all these."""
+    opening = in_common([p.prompt for p in prompts])  # of the chat template
+    closing = in_common([p.prompt[::-1] for p in prompts])
+    evaluation = [llm.tokenizer.decode(p.prompt[opening:]) for p in chain(*sets.values())]
+    apart = set().union(*map(runs, evaluation))
+    texts: list[Text] = []
+
+    def file(name: str) -> Path:
+        return args.output / f"{name}-{args.rank}-of-{args.world}.jsonl"
+
+    def write(requests: list[Request], name: str) -> list[Text]:
+        most = (args.tokens or math.inf) / args.world - sum(len(answer) for _, answer in texts)
+        return write_text(engine, requests, file(name), most)
+
+    given = prompts[args.rank :: args.world]
+    texts += write(asked(given, [0.0, SAMPLED], args), "text")
+    rng = random.Random(args.seed)
+    begun = [
+        replace(p, prompt=p.prompt[: opening + rng.randint(1, min(BEGUN, room))])
+        for p in given * args.own_prompts
+        if (room := len(p.prompt) - opening - closing) > 0
+    ]
+    written = write(asked(begun, [SAMPLED], args), "begun")
+    ended = [
+        llm.tokenizer.decode([*start[opening:], *rest[:-1]])
+        for start, rest in written
+        if rest[-1] in begun[0].stop_ids
+    ]
+    own = keep_prompts(llm, ended, file("own-prompts"), apart)
+    texts += write(in_turn(own, args), "own")
+    code = keep_prompts(llm, code_to_complete(llm, texts), file("code-prompts"), apart)
+    return texts + write(in_turn(code, args), "code")
 
 
 # --- hidden states and loss ---------------------------------------------------------------------
@@ -172,11 +225,6 @@ def hidden_states(target: Transformer, texts: list[Text]) -> States:
     return States(hidden, tokens, sizes.cumsum(0).repeat_interleave(sizes))
 
 
-def soft_cross_entropy(logits: Tensor, teacher: Tensor) -> Tensor:
-    """Cross-entropy [M] of logits [M, V] against the distribution of the teacher's [M, V]."""
-    return -(teacher.float().softmax(-1) * logits.float().log_softmax(-1)).sum(-1)
-
-
 class HeadLosses(nn.Module):
     """Cross-entropy of every head against the target's own distribution at its position."""
 
@@ -184,15 +232,16 @@ class HeadLosses(nn.Module):
         super().__init__()
         self.speculator, ids = speculator, speculator.draft_ids
         self.register_buffer("output", output if ids is None else output[ids])  # [V or drafted, D]
-        self.cross_entropy = torch.compile(soft_cross_entropy, disable=not output.is_cuda)
+        if output.is_cuda:
+            self.compile()  # logits as wide as the vocabulary stay in 16 bits
 
     def forward(self, state: Tensor, tokens: Tensor, teacher: Tensor, inside: Tensor) -> Tensor:
         """Mean loss [n] of the heads; see States.examples for the arguments."""
         losses, state = [], self.speculator.start(state)
         for i in range(inside.shape[1]):
             state, logits = self.speculator.step(i, state, tokens[:, i])
-            wanted = F.linear(teacher[:, i], self.output)
-            loss = self.cross_entropy(logits, wanted) * inside[:, i]
+            wanted = F.linear(teacher[:, i], self.output).float().softmax(-1)
+            loss = -(wanted * logits.log_softmax(-1)).sum(-1) * inside[:, i]
             losses.append(loss.sum() / inside[:, i].sum().clamp(min=1))
         return torch.stack(losses)
 
@@ -348,9 +397,18 @@ def speculator_config(args: Namespace, target: ModelArgs) -> dict:
     return config | ({"draft_vocab_size": n} if (n := args.draft_vocab_size) is not None else {})
 
 
-def save_speculator(speculator: MLPSpeculator, config: dict, directory: Path) -> None:
-    """config.json and the weights with the published names, tied tensors once."""
-    tensors = {f"speculator.{k}": p.detach().half() for k, p in speculator.named_parameters()}
+def save_speculator(
+    speculator: MLPSpeculator, config: dict, directory: Path, dtype: str = "float16"
+) -> None:
+    """config.json and the weights with the published names, tied tensors once. In int8 every
+    matrix has a scale per row beside it, an addition to the format."""
+    tensors = {f"speculator.{k}": p.detach() for k, p in speculator.named_parameters()}
+    for name, weight in list(tensors.items()) if dtype == "int8" else ():
+        if weight.dim() == 2:
+            scale = weight.abs().amax(1).clamp(min=1e-8) / 127
+            tensors[name] = (weight / scale[:, None]).round().char()
+            tensors[f"{name}_scale"] = scale
+    tensors = {k: t.half() if t.is_floating_point() else t for k, t in tensors.items()}
     if speculator.draft_ids is not None:
         tensors["draft_ids"] = speculator.draft_ids.int()
     save_torch_state_dict(tensors, directory, max_shard_size=SHARD)
@@ -389,18 +447,19 @@ def parse_arguments(argv: list[str] | None) -> Namespace:
     add("--tie-weights", action=flag, default=True, help="one set of weights for all heads")
     add("--scale-input", action=flag, default=True, help="normalise the target's hidden state")
     add("--draft-vocab-size", type=int, help="draft only so many, the most frequent, tokens")
-    add("--answers", type=int, default=2, help="per prompt: greedy, T = 0.8, 1, 0.8, ... (2)")
+    add("--own-prompts", type=int, default=2, help="that the target adds to each given one (2)")
     add("--max-new-tokens", type=int, default=256, help="tokens per answer (256)")
-    add("--tokens", type=int, help="of answers to the prompts; unset: answer all of them")
+    add("--tokens", type=int, help="of text at most; unset: answer all prompts")
     add("--rows", type=int, default=64, help="answers written together (64)")
     add("--steps", type=int, default=10000, help="training steps (10000)")
     add("--batch-size", type=int, default=8192, help="positions per step and GPU (8192)")
     add("--learning-rate", type=float, default=3e-3, help="its peak (0.003)")
+    add("--save-dtype", default="float16", choices=["float16", "int8"], help="(float16)")
     add("--seed", type=int, default=0)
     add("--device", help="unset: cuda if there is one, else cpu")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     args = parser.parse_args(argv)
-    for name in ("n_predict", "answers", "max_new_tokens", "rows", "steps", "batch_size"):
+    for name in ("n_predict", "max_new_tokens", "rows", "steps", "batch_size"):
         if (value := getattr(args, name)) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {value} is out of range: at least 1")
     args.world = int(os.environ.get("WORLD_SIZE", 1))
@@ -426,7 +485,16 @@ def main(argv: list[str] | None = None) -> int:
 
 def keep_settings(args: Namespace, prompts: list[Request]) -> None:
     """settings.json: an output directory is gone on with under the same settings only."""
-    free = ("output", "eval_prompts", "prompts", "device", "rank", "rows", "base_model")
+    free = (
+        "output",
+        "eval_prompts",
+        "prompts",
+        "device",
+        "rank",
+        "rows",
+        "base_model",
+        "save_dtype",
+    )
     settings = {name: value for name, value in vars(args).items() if name not in free}
     settings["prompts"] = hashlib.sha256(str([p.prompt for p in prompts]).encode()).hexdigest()
     args.output.mkdir(parents=True, exist_ok=True)
@@ -456,7 +524,7 @@ def run(args: Namespace) -> None:
     target = load_model(llm.directory, llm.device, llm.dtype)
     width, compiled = llm.max_seq_len, llm.compiled
     engine = Engine(target, batch_size=args.rows, max_seq_len=width, compiled=compiled)
-    texts = training_text(llm, engine, prompts, args)
+    texts = training_text(llm, engine, prompts, sets, args)
     file = args.output / f"held-out-{args.rank}.jsonl"
     held_out = write_text(engine, asked(sets["held-out"], [0.0], args), file)
     print(f"train: {sum(len(answer) for _, answer in texts)} tokens of text", file=sys.stderr)
@@ -469,7 +537,7 @@ def run(args: Namespace) -> None:
     losses = HeadLosses(speculator, target.output.weight.detach())
     train(args, target, losses, texts, hidden_states(target, held_out))
     if args.rank == 0:
-        save_speculator(speculator, config, args.output)
+        save_speculator(speculator, config, args.output, args.save_dtype)
         plot(args.output)
         report(args, llm, target, sets)
     if args.world > 1:

@@ -1,6 +1,7 @@
 """train.py: what the heads learn, that runs go on and repeat, that the result can be read."""
 
 import errno
+import itertools
 import json
 import os
 import re
@@ -44,7 +45,14 @@ def read_lines(file):
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-SMALL = {"steps": 40, "batch-size": 64, "inner-dim": 16, "n-predict": 3, "rows": 16, "answers": 1}
+SMALL = {
+    "steps": 40,
+    "batch-size": 64,
+    "inner-dim": 16,
+    "n-predict": 3,
+    "rows": 16,
+    "own-prompts": 0,
+}
 
 
 def run(target, prompts, output, *more, **options):
@@ -200,8 +208,8 @@ def test_text_that_is_there_is_not_written_again(target, prompts, whole, tmp_pat
 
     monkeypatch.setattr(train, "decode_loop", counting)
     assert run(target, prompts, tmp_path) == 0
-    # 98 of 100 prompts are trained on, the 2 held out are answered once.
-    assert len(begun) == (98 - 49) + 2
+    # 98 of 100 prompts are trained on, with two answers, the 2 held out are answered once.
+    assert len(begun) == (2 * 98 - 49) + 2
     assert sorted((tmp_path / text.name).read_text().splitlines()) == sorted(map(str.rstrip, lines))
     name = "model.safetensors"
     assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
@@ -217,42 +225,60 @@ def test_text_stops_at_the_tokens_asked_for(target, prompts, tmp_path, monkeypat
     assert run(target, prompts, tmp_path, tokens=500, steps=1) == 0
 
 
-def test_code_is_cut_at_some_line(tmp_path):
+def test_code_is_cut_at_some_line():
     """A block of four lines: one to three of them, after one of the instructions."""
     answers = {1: "So:\n```python\na\nb\nc\nd\n```\nand", 2: "no code", 3: "```x\none\n```"}
-    asked = []
-    llm = SimpleNamespace(
-        tokenizer=SimpleNamespace(decode=lambda ids: answers[ids[0]], chat_template=""),
-        chat_request=lambda turns, *_: asked.append(turns) or Request([len(asked)], None, 0, []),
-    )
+    llm = SimpleNamespace(tokenizer=SimpleNamespace(decode=lambda ids: answers[ids[0]]))
     texts = [([0], [i]) for i in (1, 2, 3, *[1] * 60)]
-    found = train.code_to_complete(llm, texts, tmp_path / "code.jsonl")
-    assert len(found) == len(asked) == len(read_lines(tmp_path / "code.jsonl")) == 61
-    prompts = {turns[0]["content"] for turns in asked}
+    found = train.code_to_complete(llm, texts)
+    assert len(found) == 61
     # 61 draws of 12 equally likely ones miss one in 6 % of cases; with this seed they do not.
     halves = ("a", "a\nb", "a\nb\nc")
-    assert prompts == {f"{words}\n\n{half}" for words in train.COMPLETE for half in halves}
+    assert set(found) == {f"{words}\n\n{half}" for words in train.COMPLETE for half in halves}
 
 
 def test_code_in_the_answers_is_given_to_complete(target, prompts, tmp_path, monkeypatch):
     """Two beginnings of code, one answered greedily, one sampled: trained on beside the rest, and
     a second run adds nothing."""
-    rows = [{"prompt": "Finish this program:\n\nfoo"}, {"prompt": "Write the rest:\n\nbar"}]
-
-    def code(llm, texts, file):
-        assert len(texts) == 98
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return train.read_prompts(llm, [file])
-
     trained, batches = [], train.batches
-    monkeypatch.setattr(train, "code_to_complete", code)
+    code = ["Finish this program:\n\nfoo", "Write the rest:\n\nbar"]
+    monkeypatch.setattr(train, "code_to_complete", lambda llm, texts: code[: len(texts) // 98])
     monkeypatch.setattr(train, "batches", lambda *a: trained.append(len(a[1])) or batches(*a))
     assert run(target, prompts, tmp_path, steps=1) == 0
     text = tmp_path / "code-0-of-1.jsonl"
     assert sorted(read_lines(text)) == [[i, [*story_ids(target), END]] for i in (0, 1)]
     before = text.read_bytes()
     assert run(target, prompts, tmp_path, steps=1) == 0
-    assert text.read_bytes() == before and trained == [100, 100]
+    assert text.read_bytes() == before and trained == [198, 198]
+
+
+def test_the_target_writes_prompts_of_its_own(target, prompts, tmp_path):
+    """One to each given prompt, from the first one or two words of it on (all that a prompt here
+    has); equal ones count once. This target goes on with its story from any word of it."""
+    assert run(target, prompts, tmp_path, steps=1, own_prompts=1) == 0
+    file = tmp_path / "own-prompts-0-of-1.jsonl"
+    own = [row["prompt"] for row in read_lines(file)]
+    assert len(own) == 98 and all(text.endswith(" ten") for text in own)
+    starts = {" ".join(text.split()[:2]) for text in own}
+    given = {row["prompt"].strip() for row in read_lines(prompts)}
+    # Two words of a given prompt, or one and what follows it in the story.
+    assert len(starts & given) > 30
+    assert starts <= {"ten", *given} | {f"{a} {b}" for a, b in itertools.pairwise(STORY.split())}
+    answers = read_lines(tmp_path / "own-0-of-1.jsonl")
+    assert len(answers) == len(train.read_prompts(LLM(target, load=False), [file]))
+
+
+def test_no_prompt_of_its_own_is_like_an_evaluation_prompt(tmp_path):
+    llm = SimpleNamespace(
+        tokenizer=SimpleNamespace(chat_template=""),
+        chat_request=lambda turns, *_: Request([len(turns[0]["content"])], None, 0, []),
+    )
+    words = [f"w{i}" for i in range(40)]
+    texts = [f"{i} " + " ".join(words[i : i + n]) for i, n in ((3, 12), (5, 13), (20, 11))]
+    found = train.keep_prompts(llm, texts, tmp_path / "p.jsonl", train.runs(" ".join(words)))
+    assert [row["prompt"] for row in read_lines(tmp_path / "p.jsonl")] == [texts[0], texts[2]]
+    again = train.keep_prompts(llm, ["other"], tmp_path / "p.jsonl", set())
+    assert [p.prompt for p in again] == [p.prompt for p in found] and len(found) == 2
 
 
 def test_an_epoch_has_every_example_once(monkeypatch):
@@ -409,7 +435,18 @@ def test_repeated_tokens_are_counted():
 def test_several_processes_train_one_speculator(target, prompts, tmp_path):
     """torchrun with two: each writes half of the text, and one set of weights comes out."""
     argv = ["--checkpoint", target, "--prompts", prompts, "--output", tmp_path, "--n-predict", 3]
-    argv += ["--steps", 150, "--batch-size", 128, "--inner-dim", 32, "--rows", 16, "--answers", 1]
+    argv += [
+        "--steps",
+        150,
+        "--batch-size",
+        128,
+        "--inner-dim",
+        32,
+        "--rows",
+        16,
+        "--own-prompts",
+        0,
+    ]
     script = Path(train.__file__)
     command = [
         sys.executable,
@@ -468,7 +505,7 @@ def test_too_few_prompts(target, prompts, tmp_path, capsys, lines, count):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("option", ["n-predict", "steps", "rows", "batch-size", "answers"])
+@pytest.mark.parametrize("option", ["n-predict", "steps", "rows", "batch-size"])
 def test_options_out_of_range(target, prompts, tmp_path, capsys, option):
     assert run(target, prompts, tmp_path / "out", **{option: 0}) == 1
     assert last_line(capsys) == f"train: --{option} 0 is out of range: at least 1"
@@ -486,7 +523,7 @@ def test_the_command_of_the_readme_runs(target, prompts, tmp_path):
     )
     values = {"TARGET": target, "prompts.jsonl": prompts, "my-accelerator": tmp_path / "out"}
     argv = [str(values.get(word, word)) for word in command.split()]
-    assert train.main([*argv, "--steps", "2", "--batch-size", "64", "--answers", "1"]) == 0
+    assert train.main([*argv, "--steps", "2", "--batch-size", "64", "--own-prompts", "0"]) == 0
     load_speculator(tmp_path / "out")
 
 
