@@ -338,7 +338,7 @@ class Engine(nn.Module):
             import gpu_kernels  # Triton is there only where torch has a GPU
 
             self.kernels = gpu_kernels
-            gpu_kernels.counters(weight.device)  # not first in a graph, whose memory they would take
+            gpu_kernels.counters(weight.device)  # would else lie in the first graph's memory
             if self.k:
                 gpu_kernels.replace_linears(speculator, eight_bit_draft)
         self.busy = False  # a decode loop is running
