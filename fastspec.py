@@ -21,7 +21,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from itertools import islice
@@ -277,6 +277,8 @@ class Engine(nn.Module):
     A committed length counts the last token, whose keys and values are not yet in the cache: a
     step starts at that token (the root) and verifies the drafts after it.
     """
+
+    led = ("capture_prefill", "prefill", "step", "stop_row")  # what all ranks do at once
 
     def __init__(
         self,
@@ -851,6 +853,8 @@ class LLM:
     prompts can be checked first, too.
     """
 
+    engine_class = Engine
+
     def __init__(
         self,
         model: str | Path,
@@ -934,6 +938,13 @@ class LLM:
 
     def load_weights(self, ranks=None) -> None:
         """Build this process's engine."""
+        self.engine = self.new_engine(*self.read_weights(ranks), ranks)
+        if self.packed:
+            pack_linears(self.engine)
+        if ranks is not None:
+            ranks.connect(self.engine)
+
+    def read_weights(self, ranks) -> tuple[Transformer, MLPSpeculator | None]:
         where = (self.device, self.dtype)
         target_part, draft_part = ({}, {}) if ranks is None else ranks.parts(self)
         target = load_model(self.directory, *where, progress("target"), **target_part)
@@ -941,7 +952,10 @@ class LLM:
         if self.k:
             bar = progress("speculator")
             speculator = load_speculator(self.speculator_dir, *where, bar, **draft_part)
-        self.engine = Engine(
+        return target, speculator
+
+    def new_engine(self, target: Transformer, speculator: nn.Module | None, ranks) -> Engine:
+        return self.engine_class(
             target,
             speculator,
             batch_size=self.batch_size,
@@ -954,10 +968,6 @@ class LLM:
             ranks=ranks,
             draft_ranks=ranks if self.draft_parallel_size > 1 else None,
         )
-        if self.packed:
-            pack_linears(self.engine)
-        if ranks is not None:
-            ranks.connect(self.engine)
 
     def generate(
         self,
@@ -1412,7 +1422,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def join_torchrun():
+def join_torchrun(build: Callable[..., LLM] = LLM):
     """Under torchrun: rank 0's view of all ranks. The others do what it announces, and end here."""
     if not torch.distributed.is_torchelastic_launched():
         return None
@@ -1420,7 +1430,7 @@ def join_torchrun():
 
     ranks = tp.join()
     if ranks.rank:
-        tp.follow(ranks, LLM)
+        tp.follow(ranks, build)
     return ranks
 
 
