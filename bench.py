@@ -22,6 +22,7 @@ import resource
 import sys
 import tempfile
 import time
+import timeit
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import cycle, islice, pairwise
@@ -36,8 +37,8 @@ from torch import Tensor
 
 import fastspec
 from fastspec import LLM, Engine, Request, SamplingParams, step_needs
-from model import Transformer, hf_tensors, read_json, rope_frequencies
-from speculator import MLPSpeculator, SpeculatorArgs
+from model import Transformer, hf_tensors, rope_frequencies
+from speculator import MLPSpeculator
 
 # --- shapes: the published pairs, by the fields of their config.json ----------------------------
 
@@ -89,17 +90,17 @@ def write_shape(name: str, root: str) -> list[str]:
     return [f"{root}/target", f"{root}/speculator"]
 
 
-def random_weights(build: Callable[[], nn.Module], llm: LLM, part: Callable | None) -> nn.Module:
+def random_weights(kind: type, args, llm: LLM, part: Callable | None = None) -> nn.Module:
     """A module whose norms change nothing and whose other weights are normal; with `part`, what a
     rank holds of it."""
     with torch.device("meta"):
-        module = build().to(llm.dtype).requires_grad_(False)
+        module = kind(args).to(llm.dtype).requires_grad_(False)
     for name, param in module.named_parameters() if part else ():
         param.data = part(name, param.data).contiguous()
     module.to_empty(device=llm.device)
     if isinstance(module, Transformer):
-        module.inv_freq = rope_frequencies(module.args).to(llm.device)
-        if module.args.tie_embeddings:
+        module.inv_freq = rope_frequencies(args).to(llm.device)
+        if args.tie_embeddings:
             module.output.weight = module.embed.weight
     generator = torch.Generator(llm.device).manual_seed(0)
     for name, param in module.named_parameters():
@@ -113,32 +114,31 @@ def random_weights(build: Callable[[], nn.Module], llm: LLM, part: Callable | No
 # --- the ceiling -------------------------------------------------------------------------------
 
 
-class Ceiling(NamedTuple):
-    bytes_per_s: float
-    flops_per_s: float
+class Work(NamedTuple):
+    """What is read and multiplied: by a step, or in a second."""
 
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    nbytes: float
+    flops: float
 
 
 def best_seconds(work: Callable, device: torch.device, repeats: int) -> float:
     """Seconds of one call: best of five series, queued without a wait in between."""
-    series = []
-    work()
-    for _ in range(5):
-        synchronize(device)
-        start = time.perf_counter()
+
+    def series() -> None:
         for _ in range(repeats):
             work()
         synchronize(device)
-        series.append((time.perf_counter() - start) / repeats)
-    return min(series)
+
+    series()
+    return min(timeit.repeat(series, number=1, repeat=5)) / repeats
 
 
-def measure_ceiling(device: torch.device, dtype: torch.dtype) -> Ceiling:
-    """How fast the device reads (a sum over far more than its caches hold) and multiplies."""
+def synchronize(device: torch.device) -> None:
+    getattr(torch, device.type).synchronize()
+
+
+def measure_ceiling(device: torch.device, dtype: torch.dtype) -> Work:
+    """Of a second: a sum over far more than the device's caches hold, and a large product."""
     size, width, repeats = 2**28, 1024, 2
     if device.type == "cuda":
         size, width, repeats = min(2**32, torch.cuda.mem_get_info(device)[0] // 2), 8192, 20
@@ -146,7 +146,7 @@ def measure_ceiling(device: torch.device, dtype: torch.dtype) -> Ceiling:
     read = size / best_seconds(buffer.sum, device, repeats)
     square = torch.ones(width, width, device=device, dtype=dtype)
     product = 2 * width**3 / best_seconds(partial(torch.mm, square, square), device, repeats)
-    return Ceiling(read, product)
+    return Work(read, product)
 
 
 # --- what a step needs -------------------------------------------------------------------------
@@ -187,32 +187,25 @@ def draft_rows(engine: Engine) -> list[int]:
     return rows
 
 
-class Need(NamedTuple):
-    """What one step must read and multiply, on all devices together."""
-
-    nbytes: float
-    flops: float
-
-    def floor_ms(self, ceiling: Ceiling) -> float:
-        seconds = max(self.nbytes / ceiling.bytes_per_s, self.flops / ceiling.flops_per_s)
-        return 1000 * seconds
-
-
-def step_need(target: Weights, heads: list[Weights], engine: Engine, live: float) -> Need:
-    """Of a step of all rows, with `live` tokens cached in each. Counted are this device's parts:
-    every rank has as much."""
+def step_need(target: Weights, heads: list[Weights], engine: Engine, live: float) -> Work:
+    """A step of all rows, with `live` tokens cached in each. Of several ranks each does as much
+    as this one, whose parts are counted."""
     B, N, args, heads = engine.batch_size, nodes_of(engine), engine.model.args, heads[: engine.k]
     token_bytes = engine.kv[:, :, 0, :, 0].nbytes  # keys and values of one token in all layers
     read = target.nbytes + sum(head.nbytes for head in heads) + B * live * token_bytes
     drafts = sum(head.numbers * n for head, n in zip(heads, draft_rows(engine), strict=True))
     attention = 4 * B * N * live * args.n_layers * args.n_heads * args.head_dim
-    devices = 1 if engine.ranks is None else engine.ranks.size
-    return Need(devices * read, devices * (2 * B * (target.numbers * N + drafts) + attention))
+    ranks = 1 if engine.ranks is None else engine.ranks.size
+    return Work(ranks * read, ranks * (2 * B * (target.numbers * N + drafts) + attention))
 
 
 def nodes_of(engine: Engine) -> int:
     """Candidates per row and step."""
     return engine.tree or engine.k + 1
+
+
+def floor_ms(need: Work, ceiling: Work) -> float:
+    return 1000 * max(need.nbytes / ceiling.nbytes, need.flops / ceiling.flops)
 
 
 # --- engines -----------------------------------------------------------------------------------
@@ -235,14 +228,11 @@ class BenchEngine(Engine):
         self.llm.engine = self.llm.engines[mode]
         self.llm.k = self.llm.engine.k
 
-    def ceiling(self) -> Ceiling:
+    def ceiling(self) -> Work:
         """Of all ranks, measured at once."""
-        found = measure_ceiling(self.kv.device, self.kv.dtype)
+        found = torch.tensor(measure_ceiling(self.kv.device, self.kv.dtype)).to(self.kv.device)
         torch.cuda.empty_cache()
-        if self.ranks is None:
-            return found
-        total = self.ranks.sum(torch.tensor(found, dtype=torch.float64, device=self.kv.device))
-        return Ceiling(*total.tolist())
+        return Work(*(found if self.ranks is None else self.ranks.sum(found)).tolist())
 
     def draft_alone(self, noisy: bool) -> tuple[Tensor, Tensor, Tensor]:
         """A step's candidates, which of them is whose ancestor, and their depths."""
@@ -287,19 +277,11 @@ class Case(LLM):
         super().__init__(*args, **kwargs)
         self.options, self.modes = options, [(0, 0, ())]  # k, nodes of a tree, children in it
         if self.k:
-            config = read_json(self.speculator_dir / "config.json")
-            self.draft_args = SpeculatorArgs.from_config(config)
-            self.modes += [(self.k, 0, ()), *map(self.tree_mode, options.tree)]
-
-    def tree_mode(self, nodes: int) -> tuple:
-        given = {"tree": nodes, "top_k_tokens_per_head": self.options.top_k_tokens_per_head}
-        most, children = fastspec.read_tree(given, self.draft_args, self.k, 1)
-        if most < nodes:
-            raise ValueError(
-                f"--tree {nodes}: {list(children)} children of a node, by its depth, give {most} "
-                "nodes at most; see --top-k-tokens-per-head"
-            )
-        return min(self.k, nodes - 1), nodes, children
+            self.modes.append((self.k, 0, ()))
+            for nodes in options.tree:
+                asked = {"tree": nodes, "top_k_tokens_per_head": options.top_k_tokens_per_head}
+                nodes, children = fastspec.read_tree(asked, self.speculator_args, self.k, 1)
+                self.modes.append((min(self.k, nodes - 1), nodes, children))
 
     def load(self, ranks=None) -> None:
         super().load(ranks)  # which leads the last engine
@@ -309,10 +291,9 @@ class Case(LLM):
     def read_weights(self, ranks):
         start = time.perf_counter()
         if self.options.shape:
-            target = random_weights(partial(Transformer, self.local_args), self, None)
-            speculator, part = None, ranks and ranks.parts(self)[1]["part"]
-            if self.k:
-                speculator = random_weights(partial(MLPSpeculator, self.draft_args), self, part)
+            target = random_weights(Transformer, self.local_args, self)
+            part, args = ranks and ranks.parts(self)[1]["part"], self.speculator_args
+            speculator = random_weights(MLPSpeculator, args, self, part) if self.k else None
         else:
             target, speculator = super().read_weights(ranks)
         synchronize(self.device)
@@ -321,7 +302,8 @@ class Case(LLM):
 
     def new_engine(self, target, speculator, ranks) -> Engine:
         self.engines = []
-        for self.k, self.tree, self.top_k_tokens_per_head in self.modes:
+        for mode in self.modes:
+            self.k, self.tree, self.top_k_tokens_per_head = mode
             self.engines.append(super().new_engine(target, speculator, ranks))
             self.engines[-1].llm, self.engines[-1].clock = self, []
         # Counted here: the engines have put heads in 8 bits, nothing has packed weights away yet.
@@ -353,14 +335,12 @@ class Run(NamedTuple):
     peak_gb: float
 
 
-def run_summary(
-    clock: list[float], first: list[float], answers: list[tuple[int, int, int]], seconds: float
-) -> Run:
+def run_summary(clock: list[float], first: list[float], answers: list, seconds: float) -> Run:
     """From the times of results, seconds to first tokens and (prompt, answer, steps) lengths."""
     if len(clock) < 3:
         raise ValueError("the answers end within two steps, too short to time; use other prompts")
     gaps = [after - before for before, after in pairwise(clock)]
-    tokens, steps = (sum(column) for column in list(zip(*answers, strict=True))[1:])
+    _, tokens, steps = map(sum, zip(*answers, strict=True))
     live = sum((prompt + answer / 2) * n for prompt, answer, n in answers) / steps
     return Run(1e3 * median(gaps), 1e3 * median(first), tokens, steps, live, seconds, peak_gb())
 
@@ -403,33 +383,35 @@ def run_transformers(llm: Case, requests: list[Request]) -> Run:
     cache, which it compiles; every group has the settings of its first row."""
     from transformers import GenerationConfig
 
-    clock, first, answers = [], [], []
+    clock, first, answers, begin = [], [], [], time.perf_counter()
 
     def tick(ids, scores, **_):
         synchronize(llm.device)
         clock.append(time.perf_counter())
         return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
-    begin = time.perf_counter()
     for at in range(0, len(requests), llm.batch_size):
         group = requests[at : at + llm.batch_size]
-        params, ends, width = group[0].params, group[0].stop_ids, max(len(r.prompt) for r in group)
-        ids = torch.tensor([[0] * (width - len(r.prompt)) + r.prompt for r in group])
-        mask = torch.tensor([[0] * (width - len(r.prompt)) + [1] * len(r.prompt) for r in group])
-        sampling = {"temperature": params.temperature, "top_p": params.top_p, "top_k": params.top_k}
+        params, ends = group[0].params, group[0].stop_ids
+        rows = [torch.tensor(request.prompt) for request in group]
+        ids, mask = (
+            nn.utils.rnn.pad_sequence(x, True, padding_side="left").to(llm.device)
+            for x in (rows, [torch.ones_like(row) for row in rows])
+        )
+        sampled = params.temperature > 0
+        filters = {name: getattr(params, name) for name in ("temperature", "top_p", "top_k")}
         llm.rival.generation_config = GenerationConfig(
             max_new_tokens=params.max_tokens,
             eos_token_id=ends or None,
             pad_token_id=0,
-            do_sample=params.temperature > 0,
+            do_sample=sampled,
             cache_implementation="static" if llm.compiled else None,
-            **(sampling if params.temperature > 0 else {}),
+            **(filters if sampled else {}),
         )
         start, ticks = time.perf_counter(), len(clock)
-        ids, mask = ids.to(llm.device), mask.to(llm.device)
-        out = llm.rival.generate(ids, attention_mask=mask, stopping_criteria=[tick])[:, width:]
+        out = llm.rival.generate(ids, attention_mask=mask, stopping_criteria=[tick])
         first += [clock[ticks] - start] * len(group)
-        for request, row in zip(group, out.tolist(), strict=True):
+        for request, row in zip(group, out[:, ids.shape[1] :].tolist(), strict=True):
             length = next((i + 1 for i, token in enumerate(row) if token in ends), len(row))
             answers.append((len(request.prompt), length, length))
     return run_summary(clock, first, answers, time.perf_counter() - begin)
@@ -438,22 +420,21 @@ def run_transformers(llm: Case, requests: list[Request]) -> Run:
 # --- rows --------------------------------------------------------------------------------------
 
 
-def new_row(mode: str, nodes: int, runs: list[Run], need: Need, ceiling: Ceiling) -> dict:
+def new_row(mode: str, nodes: int, runs: list[Run], need: Work, ceiling: Work) -> dict:
     """Times, counts and shares of one mode; what compares it with others comes later."""
-    step_ms = median(run.step_ms for run in runs)
-    tokens, floor_ms = sum(run.tokens for run in runs), need.floor_ms(ceiling)
-    tokens_per_step = tokens / sum(run.steps for run in runs)
+    step_ms, floor = median(run.step_ms for run in runs), floor_ms(need, ceiling)
+    _, _, tokens, steps, _, seconds, _ = map(sum, zip(*runs, strict=True))
     return {
         "mode": mode,
         "nodes": nodes,
         "ms_per_step": step_ms,
         "draft_ms": None,
         "verify_ms": None,
-        "tokens_per_step": tokens_per_step,
-        "tokens_per_s": 1000 * tokens_per_step / step_ms,  # of one sequence, while it decodes
-        "total_tokens_per_s": tokens / sum(run.seconds for run in runs),
-        "floor_ms": floor_ms,
-        "floor_fraction": floor_ms / step_ms,
+        "tokens_per_step": tokens / steps,
+        "tokens_per_s": 1000 * tokens / steps / step_ms,  # of one sequence, while it decodes
+        "total_tokens_per_s": tokens / seconds,
+        "floor_ms": floor,
+        "floor_fraction": floor / step_ms,
         "gb_per_step": need.nbytes / 1e9,
         "ttft_ms": median(run.ttft_ms for run in runs),
         "peak_gb": max(run.peak_gb for run in runs),
@@ -467,81 +448,73 @@ def compare(rows: list[dict], random: bool, assumed: float | None) -> None:
     """Speed-up of each row over the first, plain one. Random drafts have none, but a projected
     one, for an assumed number of tokens per step."""
     for row in rows:
-        if random and row["nodes"] > 1:
-            row |= dict.fromkeys(NOT_REAL)
-        rate = row["tokens_per_s"]
+        drafts = row["nodes"] > 1
+        row |= dict.fromkeys(NOT_REAL) if drafts and random else {}
+        rate, faster = row["tokens_per_s"], rows[0]["ms_per_step"] / row["ms_per_step"]
         row["speedup"] = None if rate is None else rate / rows[0]["tokens_per_s"]
         if assumed is not None:
-            projected = assumed * rows[0]["ms_per_step"] / row["ms_per_step"]
-            row["projected_speedup"] = projected if row["nodes"] > 1 else None
+            row["projected_speedup"] = assumed * faster if drafts else None
 
 
-def measure_rows(llm: Case, requests: list[Request], ceiling: Ceiling, bar) -> list[dict]:
+def measure_rows(llm: Case, requests: list[Request], ceiling: Work, bar) -> list[dict]:
     """Rows of one batch size and set of prompts, plain decoding first."""
-    options, rounds, rows = llm.options, [], []
+    options, rows, needs = llm.options, [], step_needs(r.params for r in requests)
     runners = [partial(run_engine, llm, mode) for mode in range(len(llm.engines))]
     runners += [partial(run_transformers, llm)] if llm.rival else []
+    runs: list[list[Run]] = [[] for _ in runners]
     for _ in range(1 + ROUNDS):
-        rounds.append([])
-        for runner in runners:
+        for runner, of_mode in zip(runners, runs, strict=True):
             if torch.cuda.is_initialized():
                 torch.cuda.reset_peak_memory_stats()
-            rounds[-1].append(runner(requests))
+            of_mode.append(runner(requests))
             bar.update()
-    runs = [list(of_mode) for of_mode in zip(*rounds[1:], strict=True)]
-    needs = [
-        step_need(llm.weights, llm.heads, engine, mean(run.live for run in of_mode))
-        for engine, of_mode in zip(llm.engines, runs, strict=False)
-    ]
-    for engine, of_mode, need in zip(llm.in_turn(), runs, needs, strict=False):
+    for engine, (_, *of_mode) in zip(llm.in_turn(), runs, strict=False):
+        live = mean(run.live for run in of_mode)
+        need = step_need(llm.weights, llm.heads, engine, live)
         mode = "tree" if engine.tree else "chain" if engine.k else "plain"
         rows.append(new_row(mode, nodes_of(engine), of_mode, need, ceiling))
         if engine.k and (not llm.compiled if options.split is None else options.split):
-            times = engine.time_parts(int(of_mode[0].live), *step_needs(r.params for r in requests))
+            times = engine.time_parts(int(live), *needs)
             rows[-1]["draft_ms"], rows[-1]["verify_ms"] = times
     if llm.rival:  # needs what plain decoding does
-        rows.append(new_row("transformers", 1, runs[-1], needs[0], ceiling))
+        need = step_need(llm.weights, llm.heads, llm.engines[0], mean(r.live for r in runs[0][1:]))
+        rows.append(new_row("transformers", 1, runs[-1][1:], need, ceiling))
     compare(rows, options.shape is not None, options.assume_tokens_per_step)
     return rows
 
 
 # --- output ------------------------------------------------------------------------------------
 
-# Title, which sets the width, and what a row shows below it: key and digits; no digits for text.
-COLUMNS = {
-    "mode        ": ("mode", None),
-    "nodes": ("nodes", 0),
-    "batch": ("batch", 0),
-    "prompts       ": ("prompts", None),
-    "  T": ("temperature", 1),
-    " ms/step": ("ms_per_step", 3),
-    "  draft": ("draft_ms", 3),
-    " verify": ("verify_ms", 3),
-    "   rest": ("rest_ms", 3),
-    "tok/step": ("tokens_per_step", 2),
-    " tok/s": ("tokens_per_s", 1),
-    " total": ("total_tokens_per_s", 1),
-    "speed-up": ("speedup", 2),
-    "  floor": ("floor_ms", 3),
-    "share": ("floor_fraction", 2),
-    "   ttft": ("ttft_ms", 1),
-    "peak GB": ("peak_gb", 1),
-}
+# Title, which sets the width, and what a row shows below it: key and digits; none for text.
+COLUMNS = [
+    *(("mode        ", "mode", None), ("nodes", "nodes", 0), ("batch", "batch", 0)),
+    *(("prompts       ", "prompts", None), ("  T", "temperature", 1)),
+    *((" ms/step", "ms_per_step", 3), ("  draft", "draft_ms", 3), (" verify", "verify_ms", 3)),
+    *(("   rest", "rest_ms", 3), ("tok/step", "tokens_per_step", 2), (" tok/s", "tokens_per_s", 1)),
+    *((" total", "total_tokens_per_s", 1), ("speed-up", "speedup", 2), ("  floor", "floor_ms", 3)),
+    *(("share", "floor_fraction", 2), ("   ttft", "ttft_ms", 1), ("peak GB", "peak_gb", 1)),
+]
+PROJECTED = ("projected", "projected_speedup", 2)
+CEILING = """\
+{device}, measured: reads {ceiling_gb_s:.0f} GB/s, multiplies {dtype} at {ceiling_tflop_s:.2f} TFLOP/s
+model {model}, speculator {speculator}, torch {torch}"""
 LEGEND = """\
 ms/step = draft + verify + rest (alone, where timed); tok/s of one sequence while it decodes, total
 of all with their prefill; floor in ms, share = floor / step; ttft in ms; peak GB of the first
-device, with the caches of all modes in memory."""
+device, with the caches of all modes in memory.
+load {load_s:.1f} s, compile and capture {compile_s:.1f} s (graphs compiled anew: {compiled_graphs})
+"""
 
 
-def table_line(columns: dict, row: dict | None = None) -> str:
+def table_line(columns: list, row: dict | None = None) -> str:
     """A row, or the titles. `rest` is choosing what to accept, committing it, the host's part."""
     if row is not None:
         parts = row["draft_ms"], row["verify_ms"]
         row = row | {"rest_ms": None if None in parts else row["ms_per_step"] - sum(parts)}
     cells = []
-    for title, (key, digits) in columns.items():
-        text = title if row is None else number(row[key], digits)
-        cells.append(f"{text[:14]:{'<' if digits is None else '>'}{len(title)}}")
+    for title, key, digits in columns:
+        text = title if row is None else number(row[key], digits)[: len(title)]
+        cells.append(f"{text:{'<' if digits is None else '>'}{len(title)}}")
     return "  ".join(cells).rstrip()
 
 
@@ -549,54 +522,38 @@ def number(value, digits: int | None) -> str:
     return "-" if value is None else value if digits is None else f"{value:.{digits}f}"
 
 
-def name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def describe(llm: Case, ceiling: Ceiling) -> dict:
+def describe(llm: Case, ceiling: Work) -> dict:
     """Print what is measured and on what; the document without rows."""
-    random, count = llm.options.shape, llm.tensor_parallel_size
+    shape, dtype = llm.options.shape, str(llm.dtype).removeprefix("torch.")
     device = f"CPU, {torch.get_num_threads()} threads ({torch.backends.cpu.get_cpu_capability()})"
     if llm.device.type == "cuda":
         device = torch.cuda.get_device_name(llm.device)
-    device = device if count == 1 else f"{count} x {device}"
-    model, speculator = random or llm.directory.name, random or llm.options.speculator
-    print(
-        f"{device}: reads {ceiling.bytes_per_s / 1e9:.0f} GB/s, multiplies {name_of(llm.dtype)} "
-        f"at {ceiling.flops_per_s / 1e12:.2f} TFLOP/s (both measured)"
-    )
-    print(f"model {model}, speculator {speculator or 'none'}, torch {torch.__version__}")
-    if random:
-        print("RANDOM WEIGHTS: time per step is real; acceptance and text are not")
-    for engine, what in zip(llm.engines, ("plain decoding", "with drafts"), strict=False):
-        need = step_need(llm.weights, llm.heads, engine, 0)._replace(flops=0)
-        gb, least = need.nbytes / 1e9, need.floor_ms(ceiling)
-        print(f"weights read per step, {what}: {gb:.3f} GB, at least {least:.3f} ms")
-    print(f"{ROUNDS} rounds after one of warm-up, modes alternating; medians\n")
-    return {
+    if llm.tensor_parallel_size > 1:
+        device = f"{llm.tensor_parallel_size} x {device}"
+    document = {
         "device": device,
         "torch": torch.__version__,
-        "dtype": name_of(llm.dtype),
-        "model": model,
-        "speculator": speculator,
-        "random_weights": bool(random),
-        "ceiling_gb_s": ceiling.bytes_per_s / 1e9,
-        "ceiling_tflop_s": ceiling.flops_per_s / 1e12,
+        "dtype": dtype,
+        "model": shape or llm.directory.name,
+        "speculator": shape or llm.options.speculator,
+        "random_weights": shape is not None,
+        "ceiling_gb_s": ceiling.nbytes / 1e9,
+        "ceiling_tflop_s": ceiling.flops / 1e12,
         "load_s": llm.load_seconds,
         "compile_s": 0.0,
         "compiled_graphs": 0,
         "max_new_tokens": llm.options.max_new_tokens,
         "top_p": llm.options.top_p,
     }
-
-
-def rounded(value):
-    """Floats to six significant digits, anywhere in a document."""
-    if isinstance(value, float):
-        return float(f"{value:.6g}")
-    if isinstance(value, dict):
-        return {key: rounded(item) for key, item in value.items()}
-    return [rounded(item) for item in value] if isinstance(value, list) else value
+    print(CEILING.format(**document))
+    if shape:
+        print("RANDOM WEIGHTS: time per step is real; acceptance and text are not")
+    for engine, what in zip(llm.engines, ("plain decoding", "with drafts"), strict=False):
+        need = step_need(llm.weights, llm.heads, engine, 0)
+        least = 1000 * need.nbytes / ceiling.nbytes
+        print(f"weights of a step, {what}: {need.nbytes / 1e9:.3f} GB, at least {least:.3f} ms")
+    print(f"{ROUNDS} rounds after one of warm-up, modes alternating; medians\n")
+    return document
 
 
 def draw(rows: list[dict], file: str) -> None:
@@ -677,24 +634,16 @@ def main(argv: list[str] | None = None) -> int:
 
 def check_options(args: argparse.Namespace, ranks) -> None:
     """Refuse what does not go together, and what would fail after the run."""
-    drafts = args.speculator or args.shape
+    alone, length = not (args.speculator or args.shape), args.max_new_tokens
+    named = args.checkpoint or args.speculator or args.prompts
     for wrong, message in (
-        (
-            args.shape and (args.checkpoint or args.speculator or args.prompts),
-            "--shape goes without --checkpoint, --speculator and --prompts",
-        ),
+        (args.shape and named, "--shape goes without --checkpoint, --speculator and --prompts"),
         (args.prompts and args.prompt_len, "--prompts goes without --prompt-len"),
-        (args.tree and not drafts, "--tree needs --speculator or --shape"),
-        (
-            args.num_draft_tokens is not None and not drafts,
-            "--num-draft-tokens needs --speculator or --shape",
-        ),
+        (args.tree and alone, "--tree needs --speculator or --shape"),
+        (args.num_draft_tokens is not None and alone, "--num-draft-tokens needs --speculator"),
         (args.top_k_tokens_per_head and not args.tree, "--top-k-tokens-per-head needs --tree"),
         (args.vs and ranks is not None, "--vs goes without torchrun"),
-        (
-            args.max_new_tokens < 16,
-            f"--max-new-tokens {args.max_new_tokens}: at least 16, to time steps",
-        ),
+        (length < 16, f"--max-new-tokens {length}: at least 16, to time steps"),
     ):
         if wrong:
             raise ValueError(message)
@@ -748,7 +697,7 @@ def run(args: argparse.Namespace, ranks, root: str) -> None:
     largest = new_case(batch_size=most * len(llm.modes))  # refuses what does not fit
     if not args.prompts:
         sets = {f"{n} tokens": made_requests(largest, n, most, params) for n in lengths}
-    document = json.dumps(rounded(measure(args, new_case, ranks, sets)))
+    document = json.dumps(measure(args, new_case, ranks, sets))
     if args.json:
         Path(args.json).write_text(document + "\n")
     print(document)
@@ -779,9 +728,8 @@ def made_requests(llm: LLM, length: int, count: int, params: SamplingParams) -> 
 
 def measure(args, new_case: Callable[..., Case], ranks, sets: dict[str, list[Request]]) -> dict:
     """Print ceiling, floor and rows as they come; the whole as a document."""
-    columns, document, rows = COLUMNS, {}, []
-    if args.assume_tokens_per_step is not None:
-        columns = COLUMNS | {"projected": ("projected_speedup", 2)}
+    columns = COLUMNS + ([] if args.assume_tokens_per_step is None else [PROJECTED])
+    document, rows = {}, []
     with tqdm(unit="run", disable=None, leave=False) as bar:
         for batch in args.batch:
             llm = None  # before the next one takes memory
@@ -800,9 +748,7 @@ def measure(args, new_case: Callable[..., Case], ranks, sets: dict[str, list[Req
                     row |= {"batch": batch, "prompts": label, "temperature": args.temperature}
                     tqdm.write(table_line(columns, row))
                     rows.append(row)
-    print(f"\n{LEGEND}\nload {document['load_s']:.1f} s", end="")
-    print(", compile and capture {compile_s:.1f} s".format(**document), end=" ")
-    print("({compiled_graphs} graphs compiled anew)\n".format(**document))
+    print("\n" + LEGEND.format(**document))
     if args.plot:
         draw(rows, args.plot)
     return document | {"rows": rows}

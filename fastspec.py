@@ -888,14 +888,14 @@ class LLM:
                 f"max_seq_len {max_seq_len} exceeds the model's context of {self.args.max_position}"
             )
         self.batch_size, self.max_seq_len = batch_size, max_seq_len
-        self.speculator_dir, speculator_args, self.k = None, None, 0
+        self.speculator_dir, self.speculator_args, self.k = None, None, 0
         self.tree, self.top_k_tokens_per_head = 0, ()
         if speculative_config is not None:
-            self.speculator_dir, speculator_args, self.k = read_speculative_config(
+            self.speculator_dir, self.speculator_args, self.k = read_speculative_config(
                 speculative_config, self.args, self.directory
             )
             self.tree, self.top_k_tokens_per_head = read_tree(
-                speculative_config, speculator_args, self.k, batch_size
+                speculative_config, self.speculator_args, self.k, batch_size
             )
             self.k = min(self.k, self.tree - 1) if self.tree else self.k
         self.draft_dtype = (speculative_config or {}).get("draft_dtype", "auto")
@@ -912,11 +912,11 @@ class LLM:
 
             self.local_args = tp.local_args(self.args, tensor_parallel_size)
             if self.k:
-                tp.check_draft(speculator_args, self.draft_parallel_size)
+                tp.check_draft(self.speculator_args, self.draft_parallel_size)
         self.compiled = self.device.type == "cuda" if compile is None else compile
         self.packed = packs_linears(self.device, self.dtype, self.compiled)
         cache_shape = kv_cache_shape(self.local_args, batch_size, max_seq_len + self.k + 1)
-        models = self.local_args, speculator_args if self.k else None
+        models = self.local_args, self.speculator_args if self.k else None
         where = self.dtype, self.device, self.packed
         check_memory(*models, cache_shape, *where, self.draft_parallel_size)
         if load:
