@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 import timeit
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from itertools import cycle, islice, pairwise
 from pathlib import Path
@@ -70,24 +70,16 @@ SHAPES = {
 }
 
 
-def shape_configs(name: str) -> tuple[dict, dict]:
+def shape_configs(name: str) -> dict[str, dict]:
     """config.json of target and speculator."""
+    if name not in SHAPES:
+        raise ValueError(f"--shape {name!r} is not known; known: {', '.join(SHAPES)}")
     sizes, target, inner_dim, children, speculator = SHAPES[name]
     names = BIGCODE_SIZES if target is BIGCODE else SIZES
     widths = {"emb_dim": sizes[0], "inner_dim": inner_dim, "vocab_size": sizes[5]}
     heads = {"n_predict": len(children), "top_k_tokens_per_head": children}
     draft = {"model_type": "mlp_speculator"} | widths | heads | speculator
-    return target | dict(zip(names, sizes, strict=True)), draft
-
-
-def write_shape(name: str, root: str) -> list[str]:
-    """Directories of target and speculator that hold a shape's config.json and nothing else."""
-    if name not in SHAPES:
-        raise ValueError(f"--shape {name!r} is not known; known: {', '.join(SHAPES)}")
-    for part, config in zip(("target", "speculator"), shape_configs(name), strict=True):
-        (Path(root) / part).mkdir()
-        (Path(root) / part / "config.json").write_text(json.dumps(config))
-    return [f"{root}/target", f"{root}/speculator"]
+    return {"target": target | dict(zip(names, sizes, strict=True)), "speculator": draft}
 
 
 def random_weights(kind: type, args, llm: LLM, part: Callable | None = None) -> nn.Module:
@@ -160,19 +152,18 @@ class Weights(NamedTuple):
 
 
 def count_weights(*modules: nn.Module) -> Weights:
-    """One entry per use: a tied module is read as often as it is used."""
     tensors = [t for m in modules for t in (*m.parameters(), *m.buffers())]
     return Weights(sum(t.numel() for t in tensors), sum(t.nbytes for t in tensors))
 
 
 def target_weights(model: Transformer) -> Weights:
-    """Without the embedding tables, of which a step reads a few rows; tied, the table counts as
-    the output layer."""
+    """Without embedding tables, of which a step reads a few rows; a tied one is the output layer's
+    weight."""
     return count_weights(model.layers, model.norm, model.output)
 
 
 def head_weights(speculator: MLPSpeculator, i: int) -> Weights:
-    """Of head i, without the embedding table."""
+    """Of head i, without the embedding table. Tied heads are read once for each token."""
     shared = 0 if speculator.args.tie_weights else i
     proj = speculator.proj[min(i, len(speculator.proj) - 1)]
     return count_weights(proj, speculator.ln[shared], speculator.head[shared])
@@ -312,11 +303,6 @@ class Case(LLM):
         self.rival = transformers_model(self, hf_tensors(target)) if self.options.vs else None
         return self.engines[-1]
 
-    def in_turn(self) -> Iterator[BenchEngine]:
-        for mode in range(len(self.engines)):
-            self.engine.use(mode)
-            yield self.engine
-
 
 # --- runs --------------------------------------------------------------------------------------
 
@@ -324,14 +310,15 @@ ROUNDS = 3  # of every mode, after one that is warm-up
 
 
 class Run(NamedTuple):
-    """One pass over the prompts."""
+    """One pass over the prompts: medians, what all rows emitted in how many steps, tokens in a
+    row's cache in the mean of the steps, and seconds with prefill."""
 
-    step_ms: float  # median
-    ttft_ms: float  # median
-    tokens: int  # of all rows
-    steps: int  # of all rows
-    live: float  # tokens in a row's cache, mean over the steps
-    seconds: float  # with prefill
+    step_ms: float
+    ttft_ms: float
+    tokens: int
+    steps: int
+    live: float
+    seconds: float
     peak_gb: float
 
 
@@ -368,11 +355,9 @@ def transformers_model(llm: LLM, tensors: dict[str, Tensor]):
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
     config = AutoConfig.from_pretrained(llm.directory)
-    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    model = kind.from_pretrained(None, config=config, state_dict=tensors, dtype=llm.dtype)
-    model = model.to(llm.device).eval()
-    # In place of copies by way of the host.
-    model.load_state_dict(tensors, strict=False, assign=True)
+    build = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained
+    model = build(None, config=config, state_dict=tensors, dtype=llm.dtype).to(llm.device).eval()
+    model.load_state_dict(tensors, strict=False, assign=True)  # in place of copies through the host
     model.tie_weights()
     return model
 
@@ -398,15 +383,12 @@ def run_transformers(llm: Case, requests: list[Request]) -> Run:
             nn.utils.rnn.pad_sequence(x, True, padding_side="left").to(llm.device)
             for x in (rows, [torch.ones_like(row) for row in rows])
         )
-        sampled = params.temperature > 0
-        filters = {name: getattr(params, name) for name in ("temperature", "top_p", "top_k")}
+        options = {"do_sample": params.temperature > 0, "max_new_tokens": params.max_tokens}
+        for name in ("temperature", "top_p", "top_k") if params.temperature > 0 else ():
+            options[name] = getattr(params, name)
+        cache = "static" if llm.compiled else None
         llm.rival.generation_config = GenerationConfig(
-            max_new_tokens=params.max_tokens,
-            eos_token_id=ends or None,
-            pad_token_id=0,
-            do_sample=sampled,
-            cache_implementation="static" if llm.compiled else None,
-            **(filters if sampled else {}),
+            eos_token_id=ends or None, pad_token_id=0, cache_implementation=cache, **options
         )
         start, ticks = time.perf_counter(), len(clock)
         out = llm.rival.generate(ids, attention_mask=mask, stopping_criteria=[tick])
@@ -447,13 +429,14 @@ NOT_REAL = ("tokens_per_step", "tokens_per_s", "total_tokens_per_s")  # of rando
 def compare(rows: list[dict], random: bool, assumed: float | None) -> None:
     """Speed-up of each row over the first, plain one. Random drafts have none, but a projected
     one, for an assumed number of tokens per step."""
+    plain = rows[0]["tokens_per_s"]
     for row in rows:
         drafts = row["nodes"] > 1
         row |= dict.fromkeys(NOT_REAL) if drafts and random else {}
-        rate, faster = row["tokens_per_s"], rows[0]["ms_per_step"] / row["ms_per_step"]
-        row["speedup"] = None if rate is None else rate / rows[0]["tokens_per_s"]
+        row["speedup"] = row["tokens_per_s"] and row["tokens_per_s"] / plain
         if assumed is not None:
-            row["projected_speedup"] = assumed * faster if drafts else None
+            rate = 1000 * assumed / row["ms_per_step"]
+            row["projected_speedup"] = rate / plain if drafts else None
 
 
 def measure_rows(llm: Case, requests: list[Request], ceiling: Work, bar) -> list[dict]:
@@ -468,41 +451,42 @@ def measure_rows(llm: Case, requests: list[Request], ceiling: Work, bar) -> list
                 torch.cuda.reset_peak_memory_stats()
             of_mode.append(runner(requests))
             bar.update()
-    for engine, (_, *of_mode) in zip(llm.in_turn(), runs, strict=False):
-        live = mean(run.live for run in of_mode)
+    names = ["tree" if e.tree else "chain" if e.k else "plain" for e in llm.engines]
+    engines = [*llm.engines, llm.engines[0]]  # transformers needs what plain decoding does
+    for i, (_, *of_mode) in enumerate(runs):
+        engine, live = engines[i], mean(run.live for run in of_mode)
         need = step_need(llm.weights, llm.heads, engine, live)
-        mode = "tree" if engine.tree else "chain" if engine.k else "plain"
-        rows.append(new_row(mode, nodes_of(engine), of_mode, need, ceiling))
+        name = [*names, "transformers"][i]
+        rows.append(new_row(name, nodes_of(engine), of_mode, need, ceiling))
         if engine.k and (not llm.compiled if options.split is None else options.split):
-            times = engine.time_parts(int(live), *needs)
-            rows[-1]["draft_ms"], rows[-1]["verify_ms"] = times
-    if llm.rival:  # needs what plain decoding does
-        need = step_need(llm.weights, llm.heads, llm.engines[0], mean(r.live for r in runs[0][1:]))
-        rows.append(new_row("transformers", 1, runs[-1][1:], need, ceiling))
+            llm.engine.use(i)
+            rows[-1]["draft_ms"], rows[-1]["verify_ms"] = engine.time_parts(int(live), *needs)
     compare(rows, options.shape is not None, options.assume_tokens_per_step)
     return rows
 
 
 # --- output ------------------------------------------------------------------------------------
 
-# Title, which sets the width, and what a row shows below it: key and digits; none for text.
+# Title, which sets the width, and what a row shows below it: key and format; none for text.
 COLUMNS = [
-    *(("mode        ", "mode", None), ("nodes", "nodes", 0), ("batch", "batch", 0)),
-    *(("prompts       ", "prompts", None), ("  T", "temperature", 1)),
-    *((" ms/step", "ms_per_step", 3), ("  draft", "draft_ms", 3), (" verify", "verify_ms", 3)),
-    *(("   rest", "rest_ms", 3), ("tok/step", "tokens_per_step", 2), (" tok/s", "tokens_per_s", 1)),
-    *((" total", "total_tokens_per_s", 1), ("speed-up", "speedup", 2), ("  floor", "floor_ms", 3)),
-    *(("share", "floor_fraction", 2), ("   ttft", "ttft_ms", 1), ("peak GB", "peak_gb", 1)),
+    *(("mode        ", "mode", ""), ("nodes", "nodes", "d"), ("batch", "batch", "d")),
+    *(("prompts       ", "prompts", ""), ("  T", "temperature", "g")),
+    *((" ms/step", "ms_per_step", ".3f"), ("  draft", "draft_ms", ".3f")),
+    *((" verify", "verify_ms", ".3f"), ("   rest", "rest_ms", ".3f")),
+    *(("tok/step", "tokens_per_step", ".2f"), (" tok/s", "tokens_per_s", ".1f")),
+    *((" total", "total_tokens_per_s", ".1f"), ("speed-up", "speedup", ".2f")),
+    *(("  floor", "floor_ms", ".3f"), ("share", "floor_fraction", ".0%")),
+    *(("   ttft", "ttft_ms", ".1f"), ("peak GB", "peak_gb", ".1f")),
 ]
-PROJECTED = ("projected", "projected_speedup", 2)
+PROJECTED = ("projected", "projected_speedup", ".2f")
 CEILING = """\
-{device}, measured: reads {ceiling_gb_s:.0f} GB/s, multiplies {dtype} at {ceiling_tflop_s:.2f} TFLOP/s
+{device}, measured: reads {ceiling_gb_s:.0f} GB/s, does {ceiling_tflop_s:.2f} TFLOP/s in {dtype}
 model {model}, speculator {speculator}, torch {torch}"""
 LEGEND = """\
 ms/step = draft + verify + rest (alone, where timed); tok/s of one sequence while it decodes, total
 of all with their prefill; floor in ms, share = floor / step; ttft in ms; peak GB of the first
 device, with the caches of all modes in memory.
-load {load_s:.1f} s, compile and capture {compile_s:.1f} s (graphs compiled anew: {compiled_graphs})
+load {load_s:.1f} s, compile and capture {compile_s:.1f} s (graphs not in a cache: {compiled_graphs})
 """
 
 
@@ -512,46 +496,41 @@ def table_line(columns: list, row: dict | None = None) -> str:
         parts = row["draft_ms"], row["verify_ms"]
         row = row | {"rest_ms": None if None in parts else row["ms_per_step"] - sum(parts)}
     cells = []
-    for title, key, digits in columns:
-        text = title if row is None else number(row[key], digits)[: len(title)]
-        cells.append(f"{text:{'<' if digits is None else '>'}{len(title)}}")
+    for title, key, form in columns:
+        value = title if row is None else row[key]
+        text = value if isinstance(value, str) else "-" if value is None else format(value, form)
+        cells.append(f"{text[: len(title)]:{'>' if form else '<'}{len(title)}}")
     return "  ".join(cells).rstrip()
-
-
-def number(value, digits: int | None) -> str:
-    return "-" if value is None else value if digits is None else f"{value:.{digits}f}"
 
 
 def describe(llm: Case, ceiling: Work) -> dict:
     """Print what is measured and on what; the document without rows."""
-    shape, dtype = llm.options.shape, str(llm.dtype).removeprefix("torch.")
+    shape, options, ranks = llm.options.shape, llm.options, llm.tensor_parallel_size
     device = f"CPU, {torch.get_num_threads()} threads ({torch.backends.cpu.get_cpu_capability()})"
     if llm.device.type == "cuda":
         device = torch.cuda.get_device_name(llm.device)
-    if llm.tensor_parallel_size > 1:
-        device = f"{llm.tensor_parallel_size} x {device}"
     document = {
-        "device": device,
+        "device": f"{ranks} x {device}" if ranks > 1 else device,
         "torch": torch.__version__,
-        "dtype": dtype,
+        "dtype": str(llm.dtype).removeprefix("torch."),
         "model": shape or llm.directory.name,
-        "speculator": shape or llm.options.speculator,
+        "speculator": shape or options.speculator,
         "random_weights": shape is not None,
         "ceiling_gb_s": ceiling.nbytes / 1e9,
         "ceiling_tflop_s": ceiling.flops / 1e12,
         "load_s": llm.load_seconds,
         "compile_s": 0.0,
         "compiled_graphs": 0,
-        "max_new_tokens": llm.options.max_new_tokens,
-        "top_p": llm.options.top_p,
+        "max_new_tokens": options.max_new_tokens,
+        "top_p": options.top_p,
     }
     print(CEILING.format(**document))
     if shape:
         print("RANDOM WEIGHTS: time per step is real; acceptance and text are not")
     for engine, what in zip(llm.engines, ("plain decoding", "with drafts"), strict=False):
-        need = step_need(llm.weights, llm.heads, engine, 0)
-        least = 1000 * need.nbytes / ceiling.nbytes
-        print(f"weights of a step, {what}: {need.nbytes / 1e9:.3f} GB, at least {least:.3f} ms")
+        nbytes = step_need(llm.weights, llm.heads, engine, 0).nbytes
+        least = 1000 * nbytes / ceiling.nbytes
+        print(f"weights of a step, {what}: {nbytes / 1e9:.3f} GB, at least {least:.3f} ms")
     print(f"{ROUNDS} rounds after one of warm-up, modes alternating; medians\n")
     return document
 
@@ -607,7 +586,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def counts(text: str) -> list[int]:
-    values = [int(part) for part in text.split(",")]
+    values = fastspec.integers(text)
     if min(values) < 1:
         raise ValueError
     return values
@@ -655,37 +634,28 @@ def check_options(args: argparse.Namespace, ranks) -> None:
 
 
 def run(args: argparse.Namespace, ranks, root: str) -> None:
-    params = SamplingParams(
-        temperature=args.temperature,
-        top_p=args.top_p,
-        max_tokens=args.max_new_tokens,
-        seed=0,
-        ignore_eos=args.prompts is None,
-    )
+    sampling = {"temperature": args.temperature, "top_p": args.top_p, "seed": 0}
+    ends = {"max_tokens": args.max_new_tokens, "ignore_eos": args.prompts is None}
+    params = SamplingParams(**sampling, **ends)
     target, speculator = args.checkpoint, args.speculator
     if args.shape:
-        target, speculator = write_shape(args.shape, root)
+        for part, config in shape_configs(args.shape).items():
+            (Path(root) / part).mkdir()
+            (Path(root) / part / "config.json").write_text(json.dumps(config))
+        target, speculator = f"{root}/target", f"{root}/speculator"
     elif speculator and not target:
         target = fastspec.target_of(speculator, None)
     config = {"model": speculator, "num_speculative_tokens": args.num_draft_tokens, "tree": 0}
-    for name in ("draft_dtype", "draft_tensor_parallel_size"):
-        config[name] = getattr(args, name)
-    new_llm = partial(
-        Case,
-        args,
-        target or fastspec.demo_checkpoint(),
-        config if speculator else None,
-        dtype=args.dtype,
-        device=args.device,
-        tensor_parallel_size=1 if ranks is None else ranks.size,
-        load=False,
-    )
+    config["draft_dtype"] = args.draft_dtype
+    config["draft_tensor_parallel_size"] = args.draft_tensor_parallel_size
+    models = (target or fastspec.demo_checkpoint(), config if speculator else None)
+    where = {"dtype": args.dtype, "device": args.device, "load": False}
+    size = 1 if ranks is None else ranks.size
+    new_llm = partial(Case, args, *models, **where, tensor_parallel_size=size)
     llm = new_llm(max_seq_len=None if args.prompts else 2)
-    most, assumed = max(args.batch), args.assume_tokens_per_step
-    if assumed is not None and not 1 <= assumed <= llm.k + 1:
-        raise ValueError(
-            f"--assume-tokens-per-step {assumed:g}: a step gives 1 to {llm.k + 1} tokens"
-        )
+    most, assumed, steps = max(args.batch), args.assume_tokens_per_step, llm.k + 1
+    if assumed is not None and not 1 <= assumed <= steps:
+        raise ValueError(f"--assume-tokens-per-step {assumed:g}: a step gives 1 to {steps} tokens")
     if args.prompts:
         requests = file_requests(llm, args.prompts, params)
         longest = max(len(r.prompt) + (r.params.max_tokens or llm.max_seq_len) for r in requests)
@@ -729,7 +699,7 @@ def made_requests(llm: LLM, length: int, count: int, params: SamplingParams) -> 
 def measure(args, new_case: Callable[..., Case], ranks, sets: dict[str, list[Request]]) -> dict:
     """Print ceiling, floor and rows as they come; the whole as a document."""
     columns = COLUMNS + ([] if args.assume_tokens_per_step is None else [PROJECTED])
-    document, rows = {}, []
+    document, rows, cache = {}, [], torch._dynamo.utils.counters["inductor"]
     with tqdm(unit="run", disable=None, leave=False) as bar:
         for batch in args.batch:
             llm = None  # before the next one takes memory
@@ -741,29 +711,28 @@ def measure(args, new_case: Callable[..., Case], ranks, sets: dict[str, list[Req
                 print(table_line(columns), flush=True)
                 modes = len(llm.modes) + bool(llm.rival)
                 bar.reset(len(args.batch) * len(sets) * modes * (1 + ROUNDS))
-            warm_up(llm, sets, document)
+            document["compile_s"] += warm_up(llm, sets)
             for label, requests in sets.items():
                 count = max(batch, len(requests)) if args.prompts else batch
                 for row in measure_rows(llm, list(islice(cycle(requests), count)), ceiling, bar):
                     row |= {"batch": batch, "prompts": label, "temperature": args.temperature}
                     tqdm.write(table_line(columns, row))
                     rows.append(row)
+    document["compiled_graphs"] = cache["fxgraph_cache_miss"]
     print("\n" + LEGEND.format(**document))
     if args.plot:
         draw(rows, args.plot)
     return document | {"rows": rows}
 
 
-def warm_up(llm: Case, sets: dict[str, list[Request]], document: dict) -> None:
-    """Compile and capture all that the prompts need. From inductor's cache, nothing is compiled
-    anew: then this is a warm start."""
-    start, cache = time.perf_counter(), torch._dynamo.utils.counters["inductor"]
-    before = cache["fxgraph_cache_miss"]
-    for engine in llm.in_turn():
+def warm_up(llm: Case, sets: dict[str, list[Request]]) -> float:
+    """Compile and capture all that the prompts need; seconds."""
+    start = time.perf_counter()
+    for mode in range(len(llm.engines)):
+        llm.engine.use(mode)
         for requests in sets.values():
-            engine.warm_up(*step_needs(r.params for r in requests))
-    document["compile_s"] += time.perf_counter() - start
-    document["compiled_graphs"] += cache["fxgraph_cache_miss"] - before
+            llm.engine.warm_up(*step_needs(r.params for r in requests))
+    return time.perf_counter() - start
 
 
 if __name__ == "__main__":
