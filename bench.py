@@ -486,7 +486,7 @@ LEGEND = """\
 ms/step = draft + verify + rest (alone, where timed); tok/s of one sequence while it decodes, total
 of all with their prefill; floor in ms, share = floor / step; ttft in ms; peak GB of the first
 device, with the caches of all modes in memory.
-load {load_s:.1f} s, compile and capture {compile_s:.1f} s (graphs not in a cache: {compiled_graphs})
+load {load_s:.1f} s, compile and capture {compile_s:.1f} s ({compiled_graphs} graphs not in a cache)
 """
 
 
