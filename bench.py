@@ -264,7 +264,8 @@ class Case(LLM):
     engine_class = BenchEngine
 
     def __init__(self, options: argparse.Namespace, *args, **kwargs):
-        torch._dynamo.reset()  # frees the graphs of the case before
+        if torch.cuda.is_available():
+            torch._dynamo.reset()  # frees the graphs of the case before
         super().__init__(*args, **kwargs)
         self.options, self.modes = options, [(0, 0, ())]  # k, nodes of a tree, children in it
         if self.k:
@@ -699,7 +700,7 @@ def made_requests(llm: LLM, length: int, count: int, params: SamplingParams) -> 
 def measure(args, new_case: Callable[..., Case], ranks, sets: dict[str, list[Request]]) -> dict:
     """Print ceiling, floor and rows as they come; the whole as a document."""
     columns = COLUMNS + ([] if args.assume_tokens_per_step is None else [PROJECTED])
-    document, rows, cache = {}, [], torch._dynamo.utils.counters["inductor"]
+    document, rows = {}, []
     with tqdm(unit="run", disable=None, leave=False) as bar:
         for batch in args.batch:
             llm = None  # before the next one takes memory
@@ -718,7 +719,9 @@ def measure(args, new_case: Callable[..., Case], ranks, sets: dict[str, list[Req
                     row |= {"batch": batch, "prompts": label, "temperature": args.temperature}
                     tqdm.write(table_line(columns, row))
                     rows.append(row)
-    document["compiled_graphs"] = cache["fxgraph_cache_miss"]
+    if llm.compiled:
+        cache = torch._dynamo.utils.counters["inductor"]
+        document["compiled_graphs"] = cache["fxgraph_cache_miss"]
     print("\n" + LEGEND.format(**document))
     if args.plot:
         draw(rows, args.plot)
