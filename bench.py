@@ -525,7 +525,7 @@ def describe(llm: Case, ceiling: Work) -> dict:
         "max_new_tokens": options.max_new_tokens,
         "top_p": options.top_p,
     }
-    print(CEILING.format(**document))
+    print(CEILING.format(**document | {"speculator": document["speculator"] or "none"}))
     if shape:
         print("RANDOM WEIGHTS: time per step is real; acceptance and text are not")
     for engine, what in zip(llm.engines, ("plain decoding", "with drafts"), strict=False):
@@ -563,7 +563,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench.py", description=about)
     add, flag = parser.add_argument, argparse.BooleanOptionalAction
     add("--checkpoint", help="target model: directory or hub id; unset: the speculator's, or demo")
-    add("--speculator", help="MLP speculator: directory or hub id; none: plain decoding alone")
+    add("--speculator", help="directory or hub id; unset: the demo's, or none for a --checkpoint")
     add("--shape", metavar="NAME", help=f"random weights of a pair: {', '.join(SHAPES)}")
     add("--num-draft-tokens", type=int, help="tokens drafted per step; unset: all heads")
     add("--tree", type=counts, default=[], metavar="N[,N..]", help="trees of N nodes per step, too")
@@ -583,7 +583,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--vs", choices=["transformers"], help="also time its generate on the same weights")
     add("--plot", metavar="FILE.png", help="draw time per step and speed-up against batch")
     add("--json", metavar="FILE", help="where the document of the last line goes, too")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if not (args.checkpoint or args.speculator or args.shape) and fastspec.BUNDLED.is_dir():
+        args.checkpoint, args.speculator = fastspec.DEMO, str(fastspec.BUNDLED)
+    return args
 
 
 def counts(text: str) -> list[int]:
@@ -649,7 +652,8 @@ def run(args: argparse.Namespace, ranks, root: str) -> None:
     config = {"model": speculator, "num_speculative_tokens": args.num_draft_tokens, "tree": 0}
     config["draft_dtype"] = args.draft_dtype
     config["draft_tensor_parallel_size"] = args.draft_tensor_parallel_size
-    models = (target or fastspec.demo_checkpoint(), config if speculator else None)
+    target = fastspec.demo_checkpoint() if target in (None, fastspec.DEMO) else target
+    models = (target, config if speculator else None)
     where = {"dtype": args.dtype, "device": args.device, "load": False}
     size = 1 if ranks is None else ranks.size
     new_llm = partial(Case, args, *models, **where, tensor_parallel_size=size)
@@ -692,8 +696,7 @@ def made_requests(llm: LLM, length: int, count: int, params: SamplingParams) -> 
         ids = torch.randint(llm.args.vocab_size, (4096,), generator=generator).tolist()
     else:
         ids = llm.tokenizer.encode(Path(__file__).with_name("README.md").read_text("utf-8"))
-    starts = range(0, 97 * count, 97)
-    prompts = [list(islice(cycle(ids), start, start + length)) for start in starts]
+    prompts = [list(islice(cycle(ids), 97 * i, 97 * i + length)) for i in range(count)]
     return [llm.request(prompt, params, f"prompt {i}") for i, prompt in enumerate(prompts)]
 
 
@@ -719,9 +722,9 @@ def measure(args, new_case: Callable[..., Case], ranks, sets: dict[str, list[Req
                     row |= {"batch": batch, "prompts": label, "temperature": args.temperature}
                     tqdm.write(table_line(columns, row))
                     rows.append(row)
-    if llm.compiled:
-        cache = torch._dynamo.utils.counters["inductor"]
-        document["compiled_graphs"] = cache["fxgraph_cache_miss"]
+    if llm.compiled:  # from inductor's cache alone: a warm start
+        counters = torch._dynamo.utils.counters["inductor"]
+        document["compiled_graphs"] = counters["fxgraph_cache_miss"]
     print("\n" + LEGEND.format(**document))
     if args.plot:
         draw(rows, args.plot)

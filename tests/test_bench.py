@@ -41,6 +41,7 @@ def quick(monkeypatch):
     """A ceiling that is known, and measured in no time; a shape that is tiny."""
     monkeypatch.setattr(bench, "measure_ceiling", lambda *_: Work(1e9, 1e12))
     monkeypatch.setattr(bench, "ROUNDS", 1)
+    monkeypatch.setattr(bench.fastspec, "BUNDLED", Path("/nowhere"))
     monkeypatch.setitem(bench.SHAPES, "tiny", TINY)
 
 
@@ -412,10 +413,15 @@ def test_files_and_plot(main, tmp_path):
     assert png.read_bytes().startswith(b"\x89PNG")
 
 
-def test_without_arguments_the_demo_model(main, dirs, monkeypatch):
+@pytest.mark.parametrize("bundled", [False, True])
+def test_without_arguments_the_demo_model(main, dirs, monkeypatch, bundled):
     monkeypatch.setattr(bench.fastspec, "demo_checkpoint", lambda: dirs.story)
+    speculator = str(dirs.right) if bundled else None
+    if bundled:
+        monkeypatch.setattr(bench.fastspec, "BUNDLED", dirs.right)
     _, document, rows = main("--prompt-len", 20)
-    assert [row["mode"] for row in rows] == ["plain"] and document["speculator"] is None
+    assert [row["mode"] for row in rows] == ["plain", "chain"][: 1 + bundled]
+    assert (document["model"], document["speculator"]) == ("story", speculator)
 
 
 ERRORS = {
