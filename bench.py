@@ -266,6 +266,7 @@ class Case(LLM):
     def __init__(self, options: argparse.Namespace, *args, **kwargs):
         if torch.cuda.is_available():
             torch._dynamo.reset()  # frees the graphs of the case before
+            torch._dynamo.config.recompile_limit = 64  # one step function serves all modes
         super().__init__(*args, **kwargs)
         self.options, self.modes = options, [(0, 0, ())]  # k, nodes of a tree, children in it
         if self.k:

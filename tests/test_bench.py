@@ -304,14 +304,16 @@ def test_trees_beside_the_chain(main, tmp_path):
     assert rows[-1]["nodes"] == 1 + 2 + 2 + 6
 
 
-def test_a_tree_of_right_drafts_takes_a_chains_steps(main, dirs, tmp_path):
-    """Where a node has one child, the tree is the chain; its text is the same anyway."""
+def test_trees_of_right_drafts(main, dirs, tmp_path):
+    """The story's 20 tokens and its end: a tree of 9 nodes holds the whole right chain of 3 drafts,
+    a tree of 3 nodes two of them."""
     file = tmp_path / "in.jsonl"
     file.write_text('{"prompt": "Q"}\n{"prompt": [5, 6, 7]}\n')
     argv = ("--checkpoint", dirs.story, "--speculator", dirs.right, "--prompts", file)
-    argv = (*argv, "--max-new-tokens", 64, "--tree", 9, "--top-k-tokens-per-head", "2,2,1")
-    _, _, (_, chain, tree) = main(*argv)
-    assert tree["nodes"] == 9 and chain["tokens_per_step"] == tree["tokens_per_step"] == 3.5
+    argv = (*argv, "--max-new-tokens", 64, "--tree", "9,3", "--top-k-tokens-per-head", "2,2,1")
+    _, _, rows = main(*argv)
+    assert [row["nodes"] for row in rows] == [1, 4, 9, 3]
+    assert [row["tokens_per_step"] for row in rows] == [1, 3.5, 3.5, 3]
 
 
 def test_live_cache_in_the_bytes(main):
