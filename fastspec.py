@@ -21,7 +21,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from itertools import islice
@@ -277,6 +277,8 @@ class Engine(nn.Module):
     A committed length counts the last token, whose keys and values are not yet in the cache: a
     step starts at that token (the root) and verifies the drafts after it.
     """
+
+    led = ("capture_prefill", "prefill", "step", "stop_row")  # what all ranks do at once
 
     def __init__(
         self,
@@ -852,6 +854,8 @@ class LLM:
     prompts can be checked first, too.
     """
 
+    engine_class = Engine
+
     def __init__(
         self,
         model: str | Path,
@@ -885,14 +889,14 @@ class LLM:
                 f"max_seq_len {max_seq_len} exceeds the model's context of {self.args.max_position}"
             )
         self.batch_size, self.max_seq_len = batch_size, max_seq_len
-        self.speculator_dir, speculator_args, self.k = None, None, 0
+        self.speculator_dir, self.speculator_args, self.k = None, None, 0
         self.tree, self.top_k_tokens_per_head = 0, ()
         if speculative_config is not None:
-            self.speculator_dir, speculator_args, self.k = read_speculative_config(
+            self.speculator_dir, self.speculator_args, self.k = read_speculative_config(
                 speculative_config, self.args, self.directory
             )
             self.tree, self.top_k_tokens_per_head = read_tree(
-                speculative_config, speculator_args, self.k, batch_size
+                speculative_config, self.speculator_args, self.k, batch_size
             )
             self.k = min(self.k, self.tree - 1) if self.tree else self.k
         self.draft_dtype = (speculative_config or {}).get("draft_dtype", "auto")
@@ -909,11 +913,11 @@ class LLM:
 
             self.local_args = tp.local_args(self.args, tensor_parallel_size)
             if self.k:
-                tp.check_draft(speculator_args, self.draft_parallel_size)
+                tp.check_draft(self.speculator_args, self.draft_parallel_size)
         self.compiled = self.device.type == "cuda" if compile is None else compile
         self.packed = packs_linears(self.device, self.dtype, self.compiled)
         cache_shape = kv_cache_shape(self.local_args, batch_size, max_seq_len + self.k + 1)
-        models = self.local_args, speculator_args if self.k else None
+        models = self.local_args, self.speculator_args if self.k else None
         where = self.dtype, self.device, self.packed
         check_memory(*models, cache_shape, *where, self.draft_parallel_size)
         if load:
@@ -935,6 +939,13 @@ class LLM:
 
     def load_weights(self, ranks=None) -> None:
         """Build this process's engine."""
+        self.engine = self.new_engine(*self.read_weights(ranks), ranks)
+        if self.packed:
+            pack_linears(self.engine)
+        if ranks is not None:
+            ranks.connect(self.engine)
+
+    def read_weights(self, ranks) -> tuple[Transformer, MLPSpeculator | None]:
         where = (self.device, self.dtype)
         target_part, draft_part = ({}, {}) if ranks is None else ranks.parts(self)
         target = load_model(self.directory, *where, progress("target"), **target_part)
@@ -942,7 +953,10 @@ class LLM:
         if self.k:
             bar = progress("speculator")
             speculator = load_speculator(self.speculator_dir, *where, bar, **draft_part)
-        self.engine = Engine(
+        return target, speculator
+
+    def new_engine(self, target: Transformer, speculator: nn.Module | None, ranks) -> Engine:
+        return self.engine_class(
             target,
             speculator,
             batch_size=self.batch_size,
@@ -955,10 +969,6 @@ class LLM:
             ranks=ranks,
             draft_ranks=ranks if self.draft_parallel_size > 1 else None,
         )
-        if self.packed:
-            pack_linears(self.engine)
-        if ranks is not None:
-            ranks.connect(self.engine)
 
     def generate(
         self,
@@ -1413,7 +1423,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def join_torchrun():
+def join_torchrun(build: Callable[..., LLM] = LLM):
     """Under torchrun: rank 0's view of all ranks. The others do what it announces, and end here."""
     if not torch.distributed.is_torchelastic_launched():
         return None
@@ -1421,7 +1431,7 @@ def join_torchrun():
 
     ranks = tp.join()
     if ranks.rank:
-        tp.follow(ranks, LLM)
+        tp.follow(ranks, build)
     return ranks
 
 

@@ -271,9 +271,13 @@ class Ranks:
                 pass  # the others check what they see of the checkpoint
             with self.together():
                 llm.load_weights(self)
-        for name in ("capture_prefill", "prefill", "step", "stop_row"):
-            setattr(llm.engine, name, self.led(getattr(llm.engine, name), name))
-        llm.engine.wait = self.led(llm.engine.wait)
+        self.lead(llm.engine)
+
+    def lead(self, engine) -> None:
+        """Rank 0: what is done to this engine, the others do to theirs."""
+        for name in engine.led:
+            setattr(engine, name, self.led(getattr(engine, name), name))
+        engine.wait = self.led(engine.wait)
 
     def parts(self, llm) -> tuple[dict, dict]:
         """What load_model and load_speculator need to be told of this rank's parts."""
@@ -476,11 +480,13 @@ def follow(ranks: Ranks, build: Callable) -> None:
                 with suppress(ValueError):  # which rank 0 reports
                     llm = load_part(ranks, *args, build)
                 continue
-            result = getattr(llm.engine, name)(*args)
+            engine = llm.engine
+            result = getattr(engine, name)(*args)
             if name == "step":  # run ahead as far as rank 0 does
-                packets.append(result)
-                if len(packets) > llm.engine.ahead:
-                    llm.engine.wait(packets.popleft())
+                packets.append((engine, result))
+                if len(packets) > engine.ahead:
+                    waiting, packet = packets.popleft()
+                    waiting.wait(packet)
     except BaseException:
         traceback.print_exc()
         os._exit(1)

@@ -1,7 +1,11 @@
 """bench.py on tiny models, in float32 on the CPU: its arithmetic, its rows, its options."""
 
 import json
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +14,7 @@ from test_model import BASES
 from test_speculator import PUBLISHED
 
 import bench
-from bench import Ceiling, Need, Weights, number, run_summary, shape_configs
+from bench import Weights, Work, run_summary, shape_configs
 from fastspec import TARGETS, Engine
 from model import ModelArgs, Transformer
 from speculator import MLPSpeculator, SpeculatorArgs
@@ -26,7 +30,7 @@ ACCELERATORS = {
     "granite-8b": "granite-8b-code-instruct-accelerator",
     "granite-20b": "granite-20b-code-instruct-accelerator",
 }
-TINY = ((48, 3, 6, 2, 64, 97, 512), bench.LLAMA, 32, 3, {})
+TINY = ((48, 3, 6, 2, 64, 97, 512), bench.LLAMA, 32, [4, 3, 2], {})
 KEYS = {"mode", "nodes", "batch", "prompts", "temperature", "ms_per_step", "draft_ms", "verify_ms"}
 KEYS |= {"tokens_per_step", "tokens_per_s", "total_tokens_per_s", "speedup", "floor_ms"}
 KEYS |= {"floor_fraction", "gb_per_step", "ttft_ms", "peak_gb"}
@@ -35,7 +39,9 @@ KEYS |= {"floor_fraction", "gb_per_step", "ttft_ms", "peak_gb"}
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """A ceiling that is known, and measured in no time; a shape that is tiny."""
-    monkeypatch.setattr(bench, "measure_ceiling", lambda *_: Ceiling(1e9, 1e12))
+    monkeypatch.setattr(bench, "measure_ceiling", lambda *_: Work(1e9, 1e12))
+    monkeypatch.setattr(bench, "ROUNDS", 1)
+    monkeypatch.setattr(bench.fastspec, "BUNDLED", Path("/nowhere"))
     monkeypatch.setitem(bench.SHAPES, "tiny", TINY)
 
 
@@ -66,7 +72,7 @@ def error(capsys):
 
 
 def on_meta(name):
-    target, speculator = shape_configs(name)
+    target, speculator = shape_configs(name).values()
     with torch.device("meta"):
         return (
             Transformer(ModelArgs.from_config(target)).bfloat16(),
@@ -80,21 +86,22 @@ def on_meta(name):
 @pytest.mark.parametrize("name", ACCELERATORS)
 def test_shapes_are_the_published_ones(name):
     accelerator = ACCELERATORS[name]
-    target, speculator = shape_configs(name)
+    target, speculator = shape_configs(name).values()
     assert ModelArgs.from_config(target) == BASES[TARGETS[accelerator].rpartition("/")[2]][1]
     args = SpeculatorArgs.from_config(speculator)
     fields = ("emb_dim", "inner_dim", "n_predict", "vocab_size", "tie_weights", "scale_input")
     published = {"tie_weights": False, "scale_input": False} | PUBLISHED[accelerator][0]
     assert {f: getattr(args, f) for f in fields} == {f: published[f] for f in fields}
+    children = list(args.top_k_tokens_per_head)  # which three do not publish
+    assert children == published.get("top_k_tokens_per_head", [4, 3, 2, 2, 2][: args.n_predict])
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_random_weights_are_tied_where_the_shape_is_and_differ_elsewhere(tied, monkeypatch):
-    monkeypatch.setitem(
-        bench.SHAPES, "tiny", (TINY[0], bench.GRANITE if tied else bench.LLAMA, 32, 3, {})
-    )
+    base = bench.GRANITE if tied else bench.LLAMA
+    monkeypatch.setitem(bench.SHAPES, "tiny", (TINY[0], base, *TINY[2:]))
     where = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
-    model, speculator = (bench.random_weights(m, where) for m in on_meta("tiny"))
+    model, speculator = (bench.random_weights(type(m), m.args, where) for m in on_meta("tiny"))
     assert (model.output.weight is model.embed.weight) is tied
     # 0.02 within six standard errors of 97 * 48 draws' deviation (0.02 / sqrt(2 * 4656) = 0.0002).
     assert abs(model.embed.weight.std() - 0.02) < 0.0013
@@ -114,10 +121,13 @@ def test_weights_of_a_step_at_llama3_8b():
     numbers = 32 * layer + 4096 + 128256 * 4096
     assert bench.target_weights(model) == (numbers, 2 * numbers)
     assert f"{2 * numbers / 1e9:.3f}" == "15.010"
-    heads = 4096 * 3072 + 3 * 3072 * 3072 + 4 * (128256 * 3072 + 2 * 3072)
-    assert bench.draft_weights(speculator, 4) == (heads, 2 * heads)
-    two = 4096 * 3072 + 3072 * 3072 + 2 * (128256 * 3072 + 2 * 3072)
-    assert bench.draft_weights(speculator, 2) == (two, 2 * two)
+    first, later = (width * 3072 + 128256 * 3072 + 2 * 3072 for width in (4096, 3072))
+    for i, head in enumerate((first, later, later, later)):
+        assert bench.head_weights(speculator, i) == (head, 2 * head)
+
+
+def draft_bytes(speculator):
+    return sum(bench.head_weights(speculator, i).nbytes for i in range(speculator.args.n_predict))
 
 
 # Whole drafts in GB, 16-bit, from widths alone: a tied head is read once per token.
@@ -129,8 +139,7 @@ DRAFTS |= {"granite-20b": 1.76}
 @pytest.mark.parametrize("name", DRAFTS)
 def test_draft_bytes_of_the_nine(name):
     speculator = on_meta(name)[1]
-    nbytes = bench.draft_weights(speculator, speculator.args.n_predict).nbytes
-    assert nbytes / 1e9 == pytest.approx(DRAFTS[name], abs=0.0051)  # two digits
+    assert draft_bytes(speculator) / 1e9 == pytest.approx(DRAFTS[name], abs=0.0051)  # two digits
 
 
 def test_a_tied_table_counts_once_as_the_output_layer():
@@ -141,26 +150,56 @@ def test_a_tied_table_counts_once_as_the_output_layer():
 
 def test_bytes_follow_the_stored_type():
     speculator = on_meta("tiny")[1]
-    wide = bench.draft_weights(speculator, 3)
+    wide = bench.head_weights(speculator, 0)
     head = speculator.head[0]
     weight = head.weight
     del head.weight
     head.register_buffer("weight", weight.to(torch.int8))
-    narrow = bench.draft_weights(speculator, 3)
+    narrow = bench.head_weights(speculator, 0)
     assert narrow.numbers == wide.numbers and wide.nbytes - narrow.nbytes == 97 * 32
 
 
-def test_need_and_floor_by_hand():
-    model, _ = on_meta("tiny")
+def step_of(model, heads=(), **options):
+    """What a step of 2 rows with 50 tokens each needs, of a target with 1000 weights."""
+    speculator = torch.nn.Module() if heads else None
     with torch.device("meta"):
-        engine = Engine(model, batch_size=2, max_seq_len=64)
-    assert bench.kv_token_bytes(engine) == 3 * 2 * 2 * 8 * 2  # layers, k and v, KV heads, dim, bf16
-    need = bench.step_need(Weights(1000, 2000), Weights(100, 150), engine, 4, 50.0, 2)
-    assert need.nbytes == 2000 + 150 + 2 * 50 * 192
-    # A product is two operations; scores and values take two products of heads * dim each.
-    assert need.flops == 2 * (1000 * 8 + 100 * 2) + 4 * 8 * 50 * 3 * 6 * 8
-    assert need.floor_ms(Ceiling(1e6, 1e12)) == pytest.approx(21.35)
-    assert need.floor_ms(Ceiling(1e12, 1e6)) == pytest.approx(need.flops / 1e3)
+        engine = Engine(model, speculator, batch_size=2, max_seq_len=64, **options)
+    return bench.step_need(Weights(1000, 2000), list(heads), engine, 50.0)
+
+
+def test_need_and_floor_by_hand():
+    """Cached per token: layers, keys and values, KV heads, width of a head, 2 bytes. A product is
+    two operations; scores and values take two products of heads * width each."""
+    model, _ = on_meta("tiny")
+    cached, attention = 3 * 2 * 2 * 8 * 2, 4 * 2 * 50 * 3 * 6 * 8
+    need = step_of(model)
+    assert need == (2000 + 2 * 50 * cached, 2 * 2 * 1000 + attention)
+    heads = [Weights(100, 150), Weights(30, 40), Weights(7, 7)]
+    need = step_of(model, heads, num_draft_tokens=2)  # the third head is not used
+    assert need.nbytes == 2000 + 150 + 40 + 2 * 50 * cached
+    assert need.flops == 2 * (1000 * 6 + 130 * 2) + 3 * attention
+    assert bench.floor_ms(need, Work(1e6, 1e12)) == pytest.approx(21.39)
+    assert bench.floor_ms(need, Work(1e12, 1e6)) == pytest.approx(need.flops / 1e3)
+
+
+def test_a_trees_nodes_are_verified_and_its_heads_read_once():
+    """4 children of the root and 3 of each of those, of which a tree of 9 nodes keeps at most 7 at
+    depth 2: the heads draft for 1, 4 and 7 nodes."""
+    model, _ = on_meta("tiny")
+    heads = [Weights(100, 150), Weights(30, 40), Weights(7, 7)]
+    chain = step_of(model, heads, num_draft_tokens=3)
+    top_k = {"top_k_tokens_per_head": [4, 3, 2]}
+    tree = step_of(model, heads, num_draft_tokens=3, tree=9, **top_k)
+    assert tree.nbytes == chain.nbytes
+    attention = 4 * 2 * 9 * 50 * 3 * 6 * 8
+    assert tree.flops == 2 * 2 * (1000 * 9 + 100 + 4 * 30 + 7 * 7) + attention
+
+
+def test_ranks_need_their_parts_together():
+    model, _ = on_meta("tiny")
+    one = step_of(model)
+    four = step_of(model, ranks=SimpleNamespace(size=4))
+    assert four == (4 * one.nbytes, 4 * one.flops)
 
 
 # ---- runs and rows ----
@@ -184,7 +223,7 @@ def make_row(step_ms, tokens, steps, nodes):
     ]
     runs.append(runs[1])  # the median of three rounds is that of two
     return bench.new_row(
-        "plain" if nodes == 1 else "chain", nodes, runs, Need(5e6, 0), Ceiling(1e9, 1e12)
+        "plain" if nodes == 1 else "chain", nodes, runs, Work(5e6, 0), Work(1e9, 1e12)
     )
 
 
@@ -216,7 +255,7 @@ def test_the_ceiling_is_measured(monkeypatch):
     monkeypatch.undo()
     ceiling = bench.measure_ceiling(torch.device("cpu"), torch.float32)
     # Any machine that runs this reads 0.2 to 2000 GB/s and multiplies at 1 GFLOP/s to 1 PFLOP/s.
-    assert 2e8 < ceiling.bytes_per_s < 2e12 and 1e9 < ceiling.flops_per_s < 1e15
+    assert 2e8 < ceiling.nbytes < 2e12 and 1e9 < ceiling.flops < 1e15
 
 
 # ---- the command line ----
@@ -236,15 +275,45 @@ def test_a_shape_from_end_to_end(main):
         assert chain["tokens_per_step"] is chain["tokens_per_s"] is chain["speedup"] is None
         assert plain["draft_ms"] is None and min(chain["draft_ms"], chain["verify_ms"]) > 0
         assert chain["gb_per_step"] > plain["gb_per_step"]
-        assert plain["floor_fraction"] == pytest.approx(
-            plain["floor_ms"] / plain["ms_per_step"], rel=1e-4
-        )  # six digits are kept
+        assert plain["floor_fraction"] == plain["floor_ms"] / plain["ms_per_step"]
     assert document.keys() >= {"device", "torch", "dtype", "model", "speculator", "ceiling_gb_s"}
     assert document["random_weights"] and document["ceiling_gb_s"] == 1
     lines = out.splitlines()
-    assert "reads 1 GB/s" in lines[0] and "RANDOM WEIGHTS" in out
+    assert "reads 1 GB/s, does 1.00 TFLOP/s in float32" in lines[0] and "RANDOM WEIGHTS" in out
     title = next(i for i, line in enumerate(lines) if line.startswith("mode "))
     assert [line.split()[0] for line in lines[title + 1 : title + 9]] == ["plain", "chain"] * 4
+    drafted, cells = lines[title + 2].split(), lines[title].split()
+    shown = dict(zip(cells, drafted[:4] + drafted[5:], strict=False))  # "5 tokens" is one cell
+    parts = [float(shown[part]) for part in ("draft", "verify", "rest")]
+    assert sum(parts) == pytest.approx(float(shown["ms/step"]), abs=0.0021)  # three digits each
+
+
+def test_trees_beside_the_chain(main, tmp_path):
+    pytest.importorskip("matplotlib")
+    argv = ("--shape", "tiny", "--prompt-len", 5, "--tree", "3,9,64", "--plot", tmp_path / "a.png")
+    out, _, rows = main(*argv)
+    modes = [(row["mode"], row["nodes"]) for row in rows]
+    # 41 is all that heads with 4, 3 and 2 children can give.
+    assert modes == [("plain", 1), ("chain", 4), ("tree", 3), ("tree", 9), ("tree", 41)]
+    for row in rows[2:]:
+        assert min(row["draft_ms"], row["verify_ms"]) > 0 and row["tokens_per_step"] is None
+    gb = [row["gb_per_step"] for row in rows]
+    assert gb[0] < gb[2] < gb[1] == pytest.approx(gb[3]) == pytest.approx(gb[4])
+    assert sum(line.startswith("tree ") for line in out.splitlines()) == 3
+    _, _, rows = main(*argv[:4], "--tree", 64, "--top-k-tokens-per-head", "2,1,3")
+    assert rows[-1]["nodes"] == 1 + 2 + 2 + 6
+
+
+def test_trees_of_right_drafts(main, dirs, tmp_path):
+    """The story's 20 tokens and its end: a tree of 9 nodes holds the whole right chain of 3 drafts,
+    a tree of 3 nodes two of them."""
+    file = tmp_path / "in.jsonl"
+    file.write_text('{"prompt": "Q"}\n{"prompt": [5, 6, 7]}\n')
+    argv = ("--checkpoint", dirs.story, "--speculator", dirs.right, "--prompts", file)
+    argv = (*argv, "--max-new-tokens", 64, "--tree", "9,3", "--top-k-tokens-per-head", "2,2,1")
+    _, _, rows = main(*argv)
+    assert [row["nodes"] for row in rows] == [1, 4, 9, 3]
+    assert [row["tokens_per_step"] for row in rows] == [1, 3.5, 3.5, 3]
 
 
 def test_live_cache_in_the_bytes(main):
@@ -263,7 +332,7 @@ def test_projected_column_and_no_split(main):
     expected = 2.5 * plain["ms_per_step"] / chain["ms_per_step"]
     assert chain["projected_speedup"] == pytest.approx(expected, rel=1e-4)
     line = next(line for line in out.splitlines() if line.startswith("chain"))
-    assert "projected" in out and line.endswith(number(chain["projected_speedup"], 2))
+    assert "projected" in out and line.endswith(f" {chain['projected_speedup']:.2f}")
 
 
 @pytest.mark.parametrize("sampled", [(), ("--temperature", 1, "--top-p", 0.9)])
@@ -296,7 +365,7 @@ def test_prompt_len_of_a_checkpoint_is_text_and_ignores_ends(main, dirs):
 def test_vs_transformers_on_the_same_weights(main, name, monkeypatch, tmp_path):
     """Equal ids, greedy: the weights are ours."""
     base = bench.GRANITE if name == "tied" else bench.LLAMA
-    monkeypatch.setitem(bench.SHAPES, "tiny", (TINY[0], base, 32, 3, {}))
+    monkeypatch.setitem(bench.SHAPES, "tiny", (TINY[0], base, *TINY[2:]))
     seen = {}
 
     def noting(name):
@@ -309,11 +378,11 @@ def test_vs_transformers_on_the_same_weights(main, name, monkeypatch, tmp_path):
         monkeypatch.setattr(bench, name, run)
 
     noting("transformers_model")
-    noting("load")
+    noting("random_weights")
     _, _, rows = main("--shape", "tiny", "--prompt-len", "5", "--batch", 2, "--vs", "transformers")
     assert [row["mode"] for row in rows] == ["plain", "chain", "transformers"]
     assert rows[2]["tokens_per_step"] == 1 and rows[2]["speedup"] > 0
-    theirs, ours = seen["transformers_model"][0], seen["load"][0].target
+    theirs, ours = seen["transformers_model"][0], seen["random_weights"][0]
     ids = torch.tensor([[5, 7, 11, 13]])
     positions, root = torch.arange(4)[None], torch.zeros(1, dtype=torch.long)
     kv = torch.zeros(bench_kv_shape(ours))
@@ -346,17 +415,30 @@ def test_files_and_plot(main, tmp_path):
     assert png.read_bytes().startswith(b"\x89PNG")
 
 
-def test_without_arguments_the_demo_model(main, dirs, monkeypatch):
-    monkeypatch.setattr(bench, "demo_checkpoint", lambda: dirs.story)
+@pytest.mark.parametrize("bundled", [False, True])
+def test_without_arguments_the_demo_model(main, dirs, monkeypatch, bundled):
+    monkeypatch.setattr(bench.fastspec, "demo_checkpoint", lambda: dirs.story)
+    speculator = str(dirs.right) if bundled else None
+    if bundled:
+        monkeypatch.setattr(bench.fastspec, "BUNDLED", dirs.right)
     _, document, rows = main("--prompt-len", 20)
-    assert [row["mode"] for row in rows] == ["plain"] and document["speculator"] is None
+    assert [row["mode"] for row in rows] == ["plain", "chain"][: 1 + bundled]
+    assert (document["model"], document["speculator"]) == ("story", speculator)
 
 
 ERRORS = {
     "shape": (("--shape", "gpt-5"), r"'gpt-5' is not known; known: llama2-13b, .*, granite-20b"),
     "shape_and_checkpoint": (("--shape", "tiny", "--checkpoint", "x"), "goes without --checkpoint"),
     "both_prompts": (("--prompts", "x", "--prompt-len", "5"), "goes without --prompt-len"),
-    "k_alone": (("--num-draft-tokens", "2"), "needs --speculator or --shape"),
+    "k_alone": (("--num-draft-tokens", "2"), "needs --speculator"),
+    "tree_alone": (("--tree", "8"), "--tree needs --speculator or --shape"),
+    "children_alone": (("--shape", "tiny", "--top-k-tokens-per-head", "2,2,2"), "needs --tree"),
+    "children": (
+        ("--shape", "tiny", "--tree", "8", "--top-k-tokens-per-head", "2"),
+        "top_k_tokens_per_head must be 3 integers",
+    ),
+    "tree_too_large": (("--shape", "tiny", "--tree", "8,999"), "2 to 64 nodes, found 999"),
+    "draft_ranks": (("--shape", "tiny", "--draft-tensor-parallel-size", "2"), "supported are 1"),
     "k_too_large": (("--shape", "tiny", "--num-draft-tokens", "9"), "has 3 heads"),
     "short": (("--shape", "tiny", "--max-new-tokens", "3"), "3: at least 16"),
     "context": (("--shape", "tiny", "--prompt-len", "500"), "exceeds the model's context of 512"),
@@ -409,9 +491,46 @@ def test_counts_that_are_none(value, capsys):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_on_a_gpu(capsys, monkeypatch):
     monkeypatch.setitem(
-        bench.SHAPES, "tiny", ((256, 2, 4, 2, 512, 1000, 512), bench.LLAMA, 128, 3, {})
+        bench.SHAPES, "tiny", ((256, 2, 4, 2, 512, 1000, 512), bench.LLAMA, 128, [4, 3, 2], {})
     )
-    assert bench.main(["--shape", "tiny", "--batch", "1,2", "--split"]) == 0
+    assert bench.main(["--shape", "tiny", "--batch", "1,2", "--split", "--tree", "9"]) == 0
     rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
-    assert len(rows) == 4 and all(0 < row["peak_gb"] < 8 for row in rows)
-    assert min(rows[1]["draft_ms"], rows[1]["verify_ms"]) > 0
+    assert len(rows) == 6 and all(0 < row["peak_gb"] < 8 for row in rows)
+    for row in (*rows[1:3], *rows[4:]):
+        assert min(row["draft_ms"], row["verify_ms"]) > 0
+
+
+# ---- several ranks ----
+
+RANK = """
+import sys, bench
+bench.SHAPES["tiny"] = ((48, 1, 8, 2, 64, 96, 512), bench.LLAMA, 32, [4, 3, 2], {})
+bench.measure_ceiling, bench.ROUNDS = lambda *_: bench.Work(1e9, 1e12), 1
+sys.exit(bench.main(sys.argv[1:]))
+"""
+
+
+def test_ranks_share_a_shape(tmp_path):
+    """Two gloo processes, of which the first alone prints; the modes alternate on both."""
+    script, root = tmp_path / "rank.py", Path(bench.__file__).parent
+    script.write_text(RANK)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(script)]
+    command += ["--shape", "tiny", "--device", "cpu", "--dtype", "float32", "--prompt-len", "5"]
+    command += ["--max-new-tokens", "16", "--batch", "1,2", "--tree", "9"]
+    command += ["--draft-tensor-parallel-size", "2"]
+    env = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=100, env=env)
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    document = json.loads(lines[-1])
+    assert lines[0].startswith("2 x CPU") and sum(line.startswith("mode ") for line in lines) == 1
+    assert (document["ceiling_gb_s"], document["ceiling_tflop_s"]) == pytest.approx((2, 2))
+    modes = [(row["mode"], row["batch"]) for row in document["rows"]]
+    assert modes == [(mode, batch) for batch in (1, 2) for mode in ("plain", "chain", "tree")]
+    # Both ranks have the norms, all else is shared; a row holds 5 + 8 tokens on average, each with
+    # keys and values of two heads of 6 in float32.
+    layer = 48 * (48 + 2 * 12 + 48 + 128) + 64 * 48 + 2 * 2 * 48
+    weights = layer + 2 * 48 + 96 * 48
+    expected = 4 * (weights + 13 * 2 * 2 * 6) / 1e9
+    assert document["rows"][0]["gb_per_step"] == pytest.approx(expected, rel=1e-5)
+    assert all(row["draft_ms"] > 0 for row in document["rows"] if row["nodes"] > 1)
