@@ -226,7 +226,7 @@ def torchrun(size, *options):
     command = ["-m", "torch.distributed.run", "--nproc-per-node", size, ROOT / "fastspec.py"]
     command = [sys.executable, *map(str, [*command, *options])]
     # A port of its own, should another run be on this machine.
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PET_STANDALONE": "1"}
+    env = os.environ | {"PET_STANDALONE": "1"}
     return subprocess.run(command, capture_output=True, text=True, timeout=90, env=env)
 
 
