@@ -24,6 +24,7 @@ from tokenizer import load_tokenizer
 
 # Tiny models: threads that wait for each other cost more than they give.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # must be set before the first import of triton

@@ -3,7 +3,6 @@
 import errno
 import itertools
 import json
-import os
 import re
 import subprocess
 import sys
@@ -448,17 +447,9 @@ def test_several_processes_train_one_speculator(target, prompts, tmp_path):
         0,
     ]
     script = Path(train.__file__)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        2,
-        "--master-port",
-    ]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    command += [29731, script, *argv]
-    done = subprocess.run(list(map(str, command)), env=env, capture_output=True, text=True)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", 2, script, *argv]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     texts = [tmp_path / f"text-{rank}-of-2.jsonl" for rank in (0, 1)]
     assert [len(text.read_text().splitlines()) for text in texts] == [49, 49]
