@@ -164,7 +164,7 @@ def tiling(R: int, C: int) -> dict:
 
 def small(
     x: Tensor, w: Tensor, *, row_scale=None, bias=None, squares=None, eps=0.0, residual=None,
-    norm=None, angles=None, turned=0, gated=False, dtype=None, tile: dict | None = None,
+    norm=None, angles=None, turned=0, gated=False, dtype=None, out=None, tile: dict | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """(out, weighted, squares) of `_linear` for x [M, C], w [R, C]."""
     (M, C), R = x.shape, w.shape[0]
@@ -173,7 +173,8 @@ def small(
     TILE = tile.get("TILE", 64)
     tile = {k: v for k, v in tile.items() if k != "TILE"}
     tiles, splits = triton.cdiv(R, TILE), tile["SPLITS"]
-    out = x.new_empty(M, R // 2 if gated else R, dtype=dtype or x.dtype)
+    if out is None:
+        out = x.new_empty(M, R // 2 if gated else R, dtype=dtype or x.dtype)
     weighted = torch.empty_like(out) if norm is not None else None
     out_squares = x.new_empty(tiles, M, dtype=torch.float32) if norm is not None else None
     part = x.new_empty(splits * tiles * TILE * rows, dtype=torch.float32) if splits > 1 else None
@@ -236,9 +237,10 @@ def _attend_split(
         p = tl.exp(scores - tl.where(top == float("-inf"), 0.0, top)[:, None])
         y = tl.dot(p.to(values.dtype), values, input_precision="ieee")
         here = bk * splits + split
-        tl.store(part + (here * ROWS + row)[:, None] * WIDTH + e[None, :], y)
-        tl.store(stats + here * 2 * ROWS + row, top)
-        tl.store(stats + here * 2 * ROWS + ROWS + row, tl.sum(p, axis=1))
+        real = row < N * G
+        tl.store(part + (here * ROWS + row)[:, None] * WIDTH + e[None, :], y, mask=real[:, None])
+        tl.store(stats + here * 2 * ROWS + row, top, mask=real)
+        tl.store(stats + here * 2 * ROWS + ROWS + row, tl.sum(p, axis=1), mask=real)
 
 
 @triton.jit
@@ -333,20 +335,29 @@ def _(x, w, row_scale, dtype):
     return x.new_empty(len(x), len(w), dtype=dtype)
 
 
-@torch.library.custom_op("fastspec::qkv_linear", mutates_args=())
+@torch.library.custom_op("fastspec::qkv_linear", mutates_args=("out",))
 def qkv_linear(
     x: Tensor, squares: Tensor, eps: float, w: Tensor, bias: Tensor | None, cos: Tensor,
-    sin: Tensor, turned: int,
-) -> Tensor:  # fmt: skip
-    """Projections [M, R] of x [M, C], normed by squares [T, M], the first `turned` of them turned
-    by the angles of cos and sin float32 [M, E / 2]."""
+    sin: Tensor, turned: int, out: Tensor,
+) -> None:  # fmt: skip
+    """Fill out with projections [M, R] of x [M, C], normed by squares [T, M], the first `turned`
+    of them turned by the angles of cos and sin float32 [M, E / 2]."""
     angles = (cos, sin)
-    return small(x, w, bias=bias, squares=squares, eps=eps, angles=angles, turned=turned)[0]
+    small(x, w, bias=bias, squares=squares, eps=eps, angles=angles, turned=turned, out=out)
 
 
-@qkv_linear.register_fake
-def _(x, squares, eps, w, bias, cos, sin, turned):
-    return x.new_empty(len(x), len(w))
+@torch.library.custom_op("fastspec::places", mutates_args=())
+def places(cached: Tensor, positions: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A copy of `cached`, and cosine and sine [M, E / 2] of the positions' angles. An operation
+    of its own: the compiler would compute what it inlines again for every layer."""
+    angles = positions.reshape(-1, 1) * inv_freq
+    return cached.clone(), angles.cos(), angles.sin()
+
+
+@places.register_fake
+def _(cached, positions, inv_freq):
+    angles = inv_freq.new_empty(positions.numel(), len(inv_freq))
+    return torch.empty_like(cached), angles, torch.empty_like(angles)
 
 
 @torch.library.custom_op("fastspec::gated_linear", mutates_args=())
@@ -401,20 +412,21 @@ def forward(
     norms.append(model.norm.weight)
     x = model.embed(tokens).flatten(0, 1)  # [M D]
     weighted, squares = x * norms[0], x.float().square().sum(-1)[None]
-    angles = positions.reshape(-1, 1) * model.inv_freq
-    cos, sin, new_kv = angles.cos(), angles.sin(), []  # [M E/2]
+    cached, cos, sin = places(cached, positions, model.inv_freq)
+    width = turned + args.n_kv_heads * args.head_dim
+    every_qkv = x.new_empty(len(model.layers), len(x), width)  # [L M (H + 2 K) * E]
     for i, (layer, layer_kv) in enumerate(zip(model.layers, kv.unbind(), strict=True)):
         wqkv, wo, w13, w2 = layer.attention.wqkv, layer.attention.wo, layer.mlp.w13, layer.mlp.w2
-        qkv = qkv_linear(weighted, squares, eps, wqkv.weight, wqkv.bias, cos, sin, turned)
+        qkv, angles = every_qkv[i], (cos, sin)
+        qkv_linear(weighted, squares, eps, wqkv.weight, wqkv.bias, *angles, turned, qkv)
         y = attention(qkv, layer_kv, cached, ancestors, args.n_heads)
         x, weighted, squares = add(y, wo, x, norms[2 * i + 1])
         z = gated_linear(weighted, squares, eps, w13.weight, w13.bias)
         x, weighted, squares = add(z, w2, x, norms[2 * i + 2])
-        new_kv.append(qkv.view(B, N, -1, args.head_dim)[:, :, args.n_heads :])
     scale = torch.rsqrt(squares.sum(0) / args.dim + eps)[:, None]
     hidden = (weighted * scale).to(x.dtype).view(B, N, -1)
-    new_kv = torch.stack(new_kv).unflatten(3, (2, -1))  # [L B N 2 K E]
-    return hidden, new_kv.permute(0, 3, 1, 4, 2, 5)
+    new_kv = every_qkv.view(len(model.layers), B, N, -1, args.head_dim)[:, :, :, args.n_heads :]
+    return hidden, new_kv.unflatten(3, (2, -1)).permute(0, 3, 1, 4, 2, 5)  # [L 2 B K N E]
 
 
 def few_rows(x: Tensor, w: Tensor, dtype: torch.dtype, row_scale: Tensor | None = None) -> Tensor:
