@@ -955,7 +955,8 @@ class LLM:
             speculator = load_speculator(self.speculator_dir, *where, bar, **draft_part)
         return target, speculator
 
-    def new_engine(self, target: Transformer, speculator: nn.Module | None, ranks) -> Engine:
+    def new_engine(self, target: Transformer, speculator: MLPSpeculator | None, ranks) -> Engine:
+        int8 = self.draft_dtype == "int8" or bool(speculator and speculator.stored_in_int8)
         return self.engine_class(
             target,
             speculator,
@@ -965,7 +966,7 @@ class LLM:
             tree=self.tree,
             top_k_tokens_per_head=self.top_k_tokens_per_head,
             compiled=self.compiled,
-            eight_bit_draft=self.draft_dtype == "int8",
+            eight_bit_draft=int8,
             ranks=ranks,
             draft_ranks=ranks if self.draft_parallel_size > 1 else None,
         )

@@ -121,12 +121,12 @@ def keep_prompts(llm: LLM, texts: list[str], file: Path, apart: set) -> list[Req
 
 
 def code_to_complete(llm: LLM, texts: list[Text]) -> list[str]:
-    """The first code block of each answer up to some line of it, to go on with."""
+    """The first code block of each answer up to some line of it, twice, to go on with."""
     rng, found = random.Random(0), []
     for _, answer in texts:
         block = llm.tokenizer.decode(answer).partition("```")[2].partition("```")[0]
         lines = block.splitlines()[1:]  # the first one names the language
-        if len(lines) >= 4:
+        for _ in range(2 if len(lines) >= 4 else 0):
             code = "\n".join(lines[: rng.randrange(1, len(lines))])
             found.append(f"{rng.choice(COMPLETE)}\n\n{code}")
     return found
@@ -282,7 +282,7 @@ def batches(target: Transformer, texts: list[Text], n: int, args: Namespace, sta
     hidden states of more than one block are computed again in every epoch."""
     generator = torch.Generator().manual_seed(args.seed + args.rank)
     weight = target.embed.weight
-    room = torch.cuda.mem_get_info()[0] * 0.6 if weight.is_cuda else CPU_ROOM
+    room = torch.cuda.mem_get_info()[0] * 0.75 if weight.is_cuda else CPU_ROOM
     most = int(room / (target.args.dim * weight.dtype.itemsize + 32))  # and four integers
     blocks, total, step, loaded = defaultdict(list), 0, 0, None
     for text in texts:
