@@ -153,7 +153,10 @@ class Weights(NamedTuple):
 
 def count_weights(*modules: nn.Module) -> Weights:
     tensors = [t for m in modules for t in (*m.parameters(), *m.buffers())]
-    return Weights(sum(t.numel() for t in tensors), sum(t.nbytes for t in tensors))
+    found = [(t.numel(), t.nbytes) for t in tensors]
+    kinds = fastspec.PackedLinear, fastspec.HalfLinear
+    found += [m.size for top in modules for m in top.modules() if isinstance(m, kinds)]
+    return Weights(*map(sum, zip(*found, strict=True)))
 
 
 def target_weights(model: Transformer) -> Weights:
@@ -281,6 +284,12 @@ class Case(LLM):
         for engine in self.engines[:-1] if ranks else ():
             ranks.lead(engine)
 
+    def load_weights(self, ranks=None) -> None:
+        super().load_weights(ranks)
+        target, speculator = self.engine.model, self.engine.speculator
+        self.weights = target_weights(target)
+        self.heads = [head_weights(speculator, i) for i in range(max(k for k, *_ in self.modes))]
+
     def read_weights(self, ranks):
         start = time.perf_counter()
         if self.options.shape:
@@ -299,9 +308,6 @@ class Case(LLM):
             self.k, self.tree, self.top_k_tokens_per_head = mode
             self.engines.append(super().new_engine(target, speculator, ranks))
             self.engines[-1].llm, self.engines[-1].clock = self, []
-        # Counted here: the engines have put heads in 8 bits, nothing has packed weights away yet.
-        self.weights = target_weights(target)
-        self.heads = [head_weights(speculator, i) for i in range(max(k for k, *_ in self.modes))]
         self.rival = transformers_model(self, hf_tensors(target)) if self.options.vs else None
         return self.engines[-1]
 

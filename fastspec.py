@@ -809,10 +809,12 @@ class Answer:
 
 class PackedLinear(nn.Module):
     """A linear layer whose weight lies as oneDNN's kernels read it: in float32 two to three times
-    as fast as nn.Linear for the 2 to 8 rows of a verification, somewhat faster for one row."""
+    as fast as nn.Linear for the 2 to 8 rows of a verification, somewhat faster for one row. `size`:
+    the weight's numbers and bytes."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
+        self.size = linear.weight.numel(), linear.weight.nbytes
         # Without a hint of the rows to come: the layout for one row would be slow for more.
         self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight)
         self.bias = linear.bias
@@ -821,14 +823,31 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
 
-def pack_linears(module: nn.Module) -> None:
-    """Replace every nn.Linear below a module, one at a time: each frees its weight."""
+class HalfLinear(nn.Module):
+    """A linear layer whose weight is in float16, all else in float32: half the bytes to read."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.size = linear.weight.numel(), linear.weight.nbytes // 2
+        self.packed = torch.ops.quantized.linear_prepack_fp16(linear.weight, linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
+
+
+def pack_linears(module: nn.Module, exact: bool = True) -> None:
+    """Replace every nn.Linear below a module, one at a time: each frees its weight. Float16 must
+    hold a target's weights exactly, as it does where it is the checkpoint's type; a draft's only
+    nearly."""
     for name in [name for name, _ in module.named_children()]:
         child = getattr(module, name)
         if isinstance(child, nn.Linear):
-            setattr(module, name, PackedLinear(child))
+            weight = child.weight
+            half = hasattr(torch.ops.quantized, "linear_dynamic_fp16")
+            half = half and not (exact and (weight.half() != weight).any())
+            setattr(module, name, HalfLinear(child) if half else PackedLinear(child))
         else:
-            pack_linears(child)
+            pack_linears(child, exact and name != "speculator")
 
 
 def packs_linears(device: torch.device, dtype: torch.dtype, compiled: bool) -> bool:

@@ -22,6 +22,7 @@ import fastspec
 from fastspec import (
     LLM,
     Engine,
+    HalfLinear,
     PackedLinear,
     Request,
     SamplingParams,
@@ -435,7 +436,7 @@ def test_gpt_bigcode_step_is_one_graph(bigcode_dir, full_context, speculator):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
-# --- linear layers in oneDNN's packed layout ---------------------------------------------------
+# --- linear layers as the CPU's libraries pack them ---------------------------------------------
 
 CPU = torch.device("cpu")
 packing = pytest.mark.skipif(
@@ -448,14 +449,16 @@ def count(module, kind):
 
 
 @packing
+@pytest.mark.parametrize("kind", [PackedLinear, HalfLinear])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rows", [(1,), (5,), (2, 3), (1, 1), (1, 130)])
 @pytest.mark.parametrize(("wide", "out"), [(48, 97), (33, 7), (576, 960)])
-def test_packed_linear_equals_the_plain_one(wide, out, rows, bias):
+def test_packed_linear_equals_the_plain_one(wide, out, rows, bias, kind):
     """Also for an input that is not contiguous, as the last of many hidden states is."""
     torch.manual_seed(0)
     linear = nn.Linear(wide, out, bias=bias).requires_grad_(False)
-    packed = PackedLinear(linear)
+    linear.weight.copy_(linear.weight.half())  # numbers that either layout holds exactly
+    packed = kind(linear)
     for x in (torch.randn(*rows, wide), torch.randn(*rows[:-1], 2 * rows[-1], wide)[..., ::2, :]):
         # A float32 sum of n terms, in whatever order, is off by n * eps / 2 of its terms' sizes at
         # most; both results are such sums.
@@ -471,10 +474,32 @@ def test_packed_linear_equals_the_plain_one(wide, out, rows, bias):
 
 @pytest.fixture(scope="module")
 def packed_pair(llama_dir, speculator_dir):
-    pair = nn.ModuleList([load_model(llama_dir), load_speculator(speculator_dir)])
+    """The target's in oneDNN's layout, since its weights are no float16 numbers."""
+    modules = {"model": load_model(llama_dir), "speculator": load_speculator(speculator_dir)}
+    pair = nn.ModuleDict(modules)
     pack_linears(pair)
-    assert count(pair, nn.Linear) == 0
-    return pair
+    assert count(pair, nn.Linear) == count(pair["model"], HalfLinear) == 0
+    assert count(pair["speculator"], PackedLinear) == 0
+    return tuple(modules.values())
+
+
+@packing
+def test_float16_holds_what_it_holds_exactly(llama_dir):
+    """A target with float16 numbers as weights gives the text that it gave; one weight that is
+    none keeps its layer in float32."""
+    model = load_model(llama_dir)
+    for p in model.parameters():
+        p.copy_(p.half())
+    expected = run(engine_for(model), PROMPTS)[0]
+    model.layers[0].mlp.w2.weight[3, 5] = 1 + 2**-12
+    pack_linears(holder := nn.ModuleDict({"model": model}))
+    assert count(holder, HalfLinear) == 3 * 4 and count(holder, PackedLinear) == 1
+    assert type(model.layers[0].mlp.w2) is PackedLinear
+    model = load_model(llama_dir)
+    for p in model.parameters():
+        p.copy_(p.half())
+    pack_linears(nn.ModuleDict({"model": model}))
+    assert run(engine_for(model), PROMPTS)[0] == expected
 
 
 @packing
@@ -496,16 +521,21 @@ def test_packed_same_seed_same_text(model, speculator, packed_pair):
 @packing
 def test_each_weight_is_freed_as_it_is_packed(llama_dir, speculator_dir, monkeypatch):
     """Of the plain weights one is left fewer at each packing, and none at the end."""
-    pair = nn.ModuleList([load_model(llama_dir), load_speculator(speculator_dir)])
+    pair = nn.ModuleDict(
+        {"a": load_model(llama_dir), "speculator": load_speculator(speculator_dir)}
+    )
     plain = [weakref.ref(m.weight) for m in pair.modules() if isinstance(m, nn.Linear)]
     left = []
 
-    class Watched(PackedLinear):
-        def __init__(self, linear):
+    def watched(kind):
+        def pack(linear):
             left.append(sum(ref() is not None for ref in plain))
-            super().__init__(linear)
+            return kind(linear)
 
-    monkeypatch.setattr(fastspec, "PackedLinear", Watched)
+        return pack
+
+    for kind in (PackedLinear, HalfLinear):
+        monkeypatch.setattr(fastspec, kind.__name__, watched(kind))
     pack_linears(pair)
     assert left == list(range(len(plain), 0, -1))
     assert not any(ref() is not None for ref in plain)
@@ -516,7 +546,7 @@ def test_llm_packs_and_keeps_a_tied_embedding(tmp_path, speculator_dir):
     reference = tiny_llama(tmp_path, tie_word_embeddings=True)
     llm = LLM(tmp_path, {"model": speculator_dir}, dtype="float32", device="cpu", batch_size=2)
     layers, heads = 3 * 4 + 1, 3 * 2  # wqkv, wo, w13, w2 and the output; proj and head
-    assert count(llm.engine, PackedLinear) == layers + heads
+    assert (count(llm.engine, PackedLinear), count(llm.engine, HalfLinear)) == (layers, heads)
     assert count(llm.engine, nn.Linear) == 0
     assert torch.equal(llm.engine.model.embed.weight, reference.model.embed_tokens.weight)
     ids = reference.generate(torch.tensor(PROMPTS[:1]), max_new_tokens=40, do_sample=False)
