@@ -471,25 +471,15 @@ def test_repeated_tokens_are_counted():
 def test_several_processes_train_one_speculator(target, prompts, tmp_path):
     """torchrun with two: each writes half of the text, and one set of weights comes out."""
     argv = ["--checkpoint", target, "--prompts", prompts, "--output", tmp_path, "--n-predict", 3]
-    argv += [
-        "--steps",
-        150,
-        "--batch-size",
-        128,
-        "--inner-dim",
-        32,
-        "--rows",
-        16,
-        "--own-prompts",
-        0,
-    ]
+    options = {"steps": 150, "batch-size": 128, "inner-dim": 32, "rows": 16, "own-prompts": 0}
+    argv += [word for name, value in options.items() for word in (f"--{name}", value)]
     script = Path(train.__file__)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", 2, script, *argv]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     texts = [tmp_path / f"text-{rank}-of-2.jsonl" for rank in (0, 1)]
-    assert [len(text.read_text().splitlines()) for text in texts] == [49, 49]
+    assert [len(text.read_text().splitlines()) for text in texts] == [98, 98]
     report = json.loads((tmp_path / "report.json").read_text())
     assert report[0]["tokens_per_step"] == 21 / 6
 
