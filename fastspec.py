@@ -987,7 +987,7 @@ class LLM:
             compiled=self.compiled,
             eight_bit_draft=int8,
             ranks=ranks,
-            draft_ranks=ranks if self.draft_parallel_size > 1 else None,
+            draft_ranks=ranks if self.k and self.draft_parallel_size > 1 else None,
         )
 
     def generate(
