@@ -835,10 +835,9 @@ class HalfLinear(nn.Module):
         return torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
 
 
-def pack_linears(module: nn.Module, exact: bool = True) -> None:
-    """Replace every nn.Linear below a module, one at a time: each frees its weight. Float16 must
-    hold a target's weights exactly, as it does where it is the checkpoint's type; a draft's only
-    nearly."""
+def pack_linears(module: nn.Module, exact: bool) -> None:
+    """Replace every nn.Linear below a module, one at a time: each frees its weight. It is kept in
+    float16, `exact` only where that holds it exactly, as it does if it is the checkpoint's type."""
     for name in [name for name, _ in module.named_children()]:
         child = getattr(module, name)
         if isinstance(child, nn.Linear):
@@ -847,7 +846,7 @@ def pack_linears(module: nn.Module, exact: bool = True) -> None:
             half = half and not (exact and (weight.half() != weight).any())
             setattr(module, name, HalfLinear(child) if half else PackedLinear(child))
         else:
-            pack_linears(child, exact and name != "speculator")
+            pack_linears(child, exact)
 
 
 def packs_linears(device: torch.device, dtype: torch.dtype, compiled: bool) -> bool:
@@ -960,7 +959,9 @@ class LLM:
         """Build this process's engine."""
         self.engine = self.new_engine(*self.read_weights(ranks), ranks)
         if self.packed:
-            pack_linears(self.engine)
+            pack_linears(self.engine.model, exact=True)
+            if self.k:
+                pack_linears(self.engine.speculator, exact=False)
         if ranks is not None:
             ranks.connect(self.engine)
 
