@@ -90,11 +90,10 @@ def test_ranks_give_what_one_process_gives(root, group, target):
     for draft_size in (0, 1, size):
         llm = new_llm(root / target, root / "draft" if draft_size else None)
         for kind in SETTINGS:
-            if (name := f"{target} {draft_size} {kind}") in results:
-                assert results[name] == answers(llm, kind), name
-                if kind == "sampled" and draft_size:
-                    assert sum(sum(accepted) for *_, accepted in results[name]) > 5
-    assert f"{target} {size} mixed" in results
+            name = f"{target} {draft_size} {kind}"
+            assert results[name] == answers(llm, kind), name
+            if kind == "sampled" and draft_size:
+                assert sum(sum(accepted) for *_, accepted in results[name]) > 5
 
 
 def test_a_draft_vocabulary_is_shared_too(root, group):

@@ -103,7 +103,7 @@ def main(size, root):
     ranks = tp.start(size)
     results = {"pids": [process.pid for process, _ in ranks.workers.values()]}
     for target in ("gqa", "biased", "bigcode"):
-        for draft_size in (0, 1, size) if target == "gqa" else (size,):
+        for draft_size in (0, 1, size):
             llm = new_llm(
                 root / target,
                 root / "draft" if draft_size else None,
