@@ -41,6 +41,7 @@ PROMPT_TOKENS = 512  # for which there is room before an answer of full length
 SAMPLED = 0.8  # temperature of the texts that are not greedy
 BEGUN = 6  # tokens of a given prompt, at most, with which the target begins one of its own
 RUN = 13  # words in a row that no prompt of its own shares with an evaluation prompt
+CUTS = 4  # beginnings to complete of a code block
 COMPLETE = ("Complete this code.", "Finish this program:", "Write the rest:", "Go on with this:")
 
 
@@ -121,13 +122,14 @@ def keep_prompts(llm: LLM, texts: list[str], file: Path, apart: set) -> list[Req
 
 
 def code_to_complete(llm: LLM, texts: list[Text]) -> list[str]:
-    """The first code block of each answer up to some line of it, twice, to go on with."""
+    """The first code block of each answer up to some of its lines, to go on with."""
     rng, found = random.Random(0), []
     for _, answer in texts:
         block = llm.tokenizer.decode(answer).partition("```")[2].partition("```")[0]
         lines = block.splitlines()[1:]  # the first one names the language
-        for _ in range(2 if len(lines) >= 4 else 0):
-            code = "\n".join(lines[: rng.randrange(1, len(lines))])
+        ends = range(1, len(lines) if len(lines) >= 4 else 1)
+        for end in rng.sample(ends, min(CUTS, len(ends))):
+            code = "\n".join(lines[:end])
             found.append(f"{rng.choice(COMPLETE)}\n\n{code}")
     return found
 
@@ -179,7 +181,6 @@ def training_text(
 # --- hidden states and loss ---------------------------------------------------------------------
 
 FORWARD_TOKENS = 32768  # that the frozen target computes together
-LATER_HEADS = 0.7  # weight of a head beside the one before: it counts only where that was right
 
 
 @dataclass
@@ -226,7 +227,10 @@ def hidden_states(target: Transformer, texts: list[Text]) -> States:
 
 
 class HeadLosses(nn.Module):
-    """Cross-entropy of every head against the target's own distribution at its position."""
+    """Cross-entropy of every head against the target's own distribution at T = SAMPLED.
+
+    A head counts only where those before it are right: each position weighs as much as the square
+    root of how likely that is, by the probabilities they give to the target's tokens."""
 
     def __init__(self, speculator: MLPSpeculator, output: Tensor):
         super().__init__()
@@ -236,13 +240,20 @@ class HeadLosses(nn.Module):
             self.compile()  # logits as wide as the vocabulary stay in 16 bits
 
     def forward(self, state: Tensor, tokens: Tensor, teacher: Tensor, inside: Tensor) -> Tensor:
-        """Mean loss [n] of the heads; see States.examples for the arguments."""
-        losses, state = [], self.speculator.start(state)
+        """Loss [n] of the heads; see States.examples for the arguments."""
+        losses, speculator = [], self.speculator
+        weight = torch.ones(len(state), device=state.device)
+        state = speculator.start(state)
         for i in range(inside.shape[1]):
-            state, logits = self.speculator.step(i, state, tokens[:, i])
-            wanted = F.linear(teacher[:, i], self.output).float().softmax(-1)
-            loss = -(wanted * logits.log_softmax(-1)).sum(-1) * inside[:, i]
+            state, logits = speculator.step(i, state, tokens[:, i])
+            wanted = (F.linear(teacher[:, i], self.output).float() / SAMPLED).softmax(-1)
+            drafted = logits.log_softmax(-1)  # [M, V or drafted]
+            loss = -(wanted * drafted).sum(-1) * weight * inside[:, i]
             losses.append(loss.sum() / inside[:, i].sum().clamp(min=1))
+            token, most = tokens[:, i + 1], drafted.shape[1] - 1
+            column = token if speculator.emb_row is None else speculator.emb_row[token]
+            right = drafted.gather(1, column.clamp(max=most)[:, None])[:, 0].exp()
+            weight = weight * (right * (column <= most)).detach().sqrt()
         return torch.stack(losses)
 
 
@@ -318,7 +329,7 @@ def train(args: Namespace, target: Transformer, losses: HeadLosses, texts: list,
     for name in state.keys() & parts:
         parts[name].load_state_dict(state[name])
     logged = start = state.get("step", 0)
-    weight, clock = LATER_HEADS ** torch.arange(n, device=device), time.perf_counter()
+    clock = time.perf_counter()
     examples = batches(target, texts, n, args, start)
     steps, quiet = range(start + 1, args.steps + 1), args.rank > 0 or None
     bar = tqdm(steps, total=args.steps, initial=start, desc="training", disable=quiet)
@@ -326,7 +337,7 @@ def train(args: Namespace, target: Transformer, losses: HeadLosses, texts: list,
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             loss = model(*next(examples))
-        (loss * weight).sum().backward()
+        loss.sum().backward()
         nn.utils.clip_grad_norm_(speculator.parameters(), 1.0)
         optimizer.step()
         schedule.step()
