@@ -231,12 +231,9 @@ class BenchEngine(Engine):
     def draft_alone(self, noisy: bool) -> tuple[Tensor, Tensor, Tensor]:
         """A step's candidates, which of them is whose ancestor, and their depths."""
         root = self.length - 1
-        last = self.tokens.gather(1, root[:, None])
-        if self.tree:
-            candidates, parent = self.draft_tree(last[:, 0], root, noisy)
-            return candidates, *fastspec.lineage(parent, self.k)
-        drafts = self.draft(last[:, 0], root, noisy)
-        return torch.cat((last, drafts), dim=1), self.ancestors, self.depth
+        last = self.tokens.gather(1, root[:, None])[:, 0]
+        tokens, _, ancestors, depth = self.candidates(last, root, noisy)
+        return tokens, ancestors, depth
 
     def verify_alone(self, candidates, ancestors, depth, live: int | None, *needs: bool):
         kv, root = self.kv if live is None else self.kv[..., :live, :], self.length - 1

@@ -31,6 +31,7 @@ import huggingface_hub
 import torch
 import torch.nn as nn
 from huggingface_hub.utils import tqdm
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from model import ModelArgs, Transformer, kv_cache_shape, load_model, read_json, write_cache
@@ -204,7 +205,9 @@ def largest_threshold(p: Tensor, enough) -> Tensor:
 # --- the engine --------------------------------------------------------------------------------
 
 PREFILL_SIZES = (64, 256, 1024)  # tokens of one prompt at once
-PREFILL_TOKENS = 8192  # of all the prompts computed together, their padding included
+PREFILL_TOKENS = 8192  # of all the prompts computed together, their padding included: at least,
+PREFILL_PER_ROW = 16  # and so many for each row of the batch
+LIKELY = 0.2  # joint probability from which a draft is worth its verification on a CPU
 HEADER = 4  # columns of a result before its tokens: request, tokens emitted, accepted, done
 
 
@@ -358,12 +361,7 @@ class Engine(nn.Module):
         kv = self.kv if live is None else self.kv[..., :live, :]
         root = self.length - 1  # [B], the slot and position of the last token
         last = self.tokens.gather(1, root[:, None])  # [B 1]
-        candidates, ancestors, depth = last, self.ancestors, self.depth
-        if self.tree:
-            candidates, parent = self.draft_tree(last[:, 0], root, noisy)
-            ancestors, depth = lineage(parent, self.k)
-        elif self.k:
-            candidates = torch.cat((last, self.draft(last[:, 0], root, noisy)), dim=1)  # [B N]
+        candidates, parent, ancestors, depth = self.candidates(last[:, 0], root, noisy)
         positions = root[:, None] + depth  # [B N]
         hidden, new_kv = self.verify(candidates, positions, kv, root, ancestors)
         sampled = self.choose(self.logits(hidden), positions + 1, None, noisy, filtered, self.ranks)
@@ -376,8 +374,21 @@ class Engine(nn.Module):
 
         room = torch.where(self.done, 0, self.limit - self.length)
         emitted, accepted, stopped = count_emitted(drafted, sampled, self.stop_ids, room)
-        write_cache(self.kv, new_kv, root[:, None] + self.depth)  # beyond the accepted: dead slots
+        slots = root[:, None] + self.depth[: sampled.shape[1]]
+        write_cache(self.kv, new_kv, slots)  # beyond the accepted: dead slots
         self.commit(emitted, stopped, sampled, hidden, accepted)
+
+    def candidates(self, last: Tensor, root: Tensor, noisy: bool) -> tuple[Tensor, ...]:
+        """The last tokens [B] with drafts after them, [B, N]; their parents (None in a chain),
+        which of them is whose ancestor, and their depths."""
+        if self.tree:
+            tokens, parent = self.draft_tree(last, root, noisy)
+            return tokens, parent, *lineage(parent, self.k)
+        tokens = last[:, None]
+        if self.k:
+            tokens = torch.cat((tokens, self.draft(last, root, noisy)), dim=1)
+        N = tokens.shape[1]
+        return tokens, None, self.ancestors[:N, :N], self.depth[:N]
 
     def verify(self, tokens: Tensor, positions: Tensor, kv, root, ancestors):
         """The target's hidden states [B, N, D] of the candidates, and their keys and values."""
@@ -397,11 +408,20 @@ class Engine(nn.Module):
 
     def draft(self, last: Tensor, root: Tensor, noisy: bool) -> Tensor:
         """Draft tokens [B, k], chosen with the noise that the target will meet at their positions:
-        the two then agree far more often than independent draws would."""
+        the two then agree far more often than independent draws would. On a CPU, where each row
+        of a verification costs, only as many as are likely enough in some row."""
+        all_of_them = self.compiled or self.ranks is not None or last.is_cuda
+        joint = torch.zeros(len(last), device=last.device)  # log-probability of the drafts so far
 
-        def choose(logits: Tensor, position: Tensor, ids: Tensor | None) -> Tensor:
+        def choose(logits: Tensor, position: Tensor, ids: Tensor | None) -> Tensor | None:
             logits, position = logits[:, None], position[:, None]
-            return self.choose(logits, position, ids, noisy, False, self.draft_ranks)[:, 0]
+            if all_of_them:
+                return self.choose(logits, position, ids, noisy, False, self.draft_ranks)[:, 0]
+            scores = (self.scores(logits, position, ids, None) if noisy else logits)[:, 0]
+            top, column = scores.max(-1)
+            joint.add_(top - scores.logsumexp(-1))
+            likely = (joint > math.log(LIKELY)) & ~self.done
+            return column if likely.any() else None
 
         drafts = self.speculator.draft(self.hidden, last, root, self.k, choose)
         return drafts if self.ranks is None else self.ranks.same(drafts)
@@ -453,8 +473,8 @@ class Engine(nn.Module):
 
     def commit(self, emitted, stopped, sampled, hidden, accepted) -> None:
         """Append `emitted` [B] of the chosen tokens to each row and publish the result."""
-        done = self.done | stopped | (self.length + emitted >= self.limit)
-        where = self.length[:, None] + self.depth
+        done, n = self.done | stopped | (self.length + emitted >= self.limit), sampled.shape[1]
+        where = self.length[:, None] + self.depth[:n]
         last = (emitted - 1).clamp(min=0)[:, None, None].expand(-1, 1, hidden.shape[-1])
         chosen = hidden.gather(1, last)[:, 0]  # [B D], the state that chose the last token
         header = torch.stack((self.request, emitted, accepted, done.long()), dim=1)
@@ -462,7 +482,7 @@ class Engine(nn.Module):
         self.hidden.copy_(torch.where(emitted[:, None] > 0, chosen, self.hidden))
         self.length.add_(emitted)
         self.done.copy_(done)
-        self.result.copy_(torch.cat((header, sampled), dim=1))
+        self.result[:, : HEADER + n].copy_(torch.cat((header, sampled), dim=1))
 
     # what the host calls
 
@@ -486,7 +506,8 @@ class Engine(nn.Module):
                 together.append((row, prompt))
         together.sort(key=lambda pair: len(pair[1]))  # little padding
         while together:
-            count = PREFILL_TOKENS // len(together[-1][1])
+            tokens = max(PREFILL_TOKENS, PREFILL_PER_ROW * self.batch_size)
+            count = tokens // len(together[-1][1])
             group, prompts = zip(*together[-count:], strict=True)
             self.prefill_rows(group, prompts, 0)
             del together[-count:]
@@ -865,11 +886,11 @@ class LLM:
     "revision": str, "tree": int, "top_k_tokens_per_head": list of int, "draft_dtype": "auto" or
     "int8", "draft_tensor_parallel_size": int}, all but "model" optional; "tree" is how many nodes a
     step verifies, 0 for a chain; int8 keeps the heads in 8 bits on a GPU. dtype "auto" is float16
-    or bfloat16 on a GPU, as the checkpoint says; on a CPU bfloat16 where it has instructions for
-    it, else float32. `compile` None means: on a GPU. tensor_parallel_size GPUs share the target,
-    and the speculator too where its own size (1, if not given) is the same. Raises ValueError for
-    what does not fit before reading weights; `load=False` leaves these to a later `load()`, so that
-    prompts can be checked first, too.
+    or bfloat16 on a GPU, as the checkpoint says; on a CPU float32, or bfloat16 if it has
+    instructions for that and the weights are stored in it. `compile` None means: on a GPU.
+    tensor_parallel_size GPUs share the target, and the speculator too where its own size (1, if not
+    given) is the same. Raises ValueError for what does not fit before reading weights; `load=False`
+    leaves these to a later `load()`, so that prompts can be checked first, too.
     """
 
     engine_class = Engine
@@ -894,7 +915,7 @@ class LLM:
         self.args = ModelArgs.from_config(config)
         self.tokenizer = load_tokenizer(self.directory)
         self.end_ids = end_of_sequence_ids(self.directory, config, self.tokenizer)
-        self.dtype = choose_dtype(dtype, config, self.device)
+        self.dtype = choose_dtype(dtype, config, self.device, self.directory)
         if max_seq_len is None:
             max_seq_len = min(self.args.max_position, DEFAULT_MAX_SEQ_LEN)
         if not (is_integer(batch_size, 1) and is_integer(max_seq_len, 2)):
@@ -1214,18 +1235,22 @@ def choose_device(name: str | torch.device | None) -> torch.device:
     return device
 
 
-def choose_dtype(name: str, config: dict, device: torch.device) -> torch.dtype:
+def choose_dtype(name: str, config: dict, device: torch.device, directory: Path) -> torch.dtype:
     """The torch dtype for a --dtype name; see LLM for "auto"."""
     named = {d: getattr(torch, d) for d in ("float32", "float16", "bfloat16")}
     if name in named:
         return named[name]
     if name != "auto":
         raise ValueError(f"dtype {name!r} is not supported; supported: auto, {', '.join(named)}")
-    if device.type == "cpu":
-        native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-        return torch.bfloat16 if native else torch.float32
     stored = config.get("torch_dtype") or config.get("dtype")
-    return torch.float16 if stored == "float16" else torch.bfloat16
+    if device.type == "cuda":
+        return torch.float16 if stored == "float16" else torch.bfloat16
+    # Weights stored in float16 are read as such in a float32 step (HalfLinear), which is faster.
+    for file in sorted(directory.glob("model*.safetensors"))[:1]:
+        with suppress(SafetensorError, StopIteration), safe_open(file, "pt") as tensors:
+            stored = tensors.get_slice(next(iter(tensors.keys()))).get_dtype()
+    native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if native and stored in ("BF16", "bfloat16") else torch.float32
 
 
 def read_speculative_config(

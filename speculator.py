@@ -180,21 +180,24 @@ class MLPSpeculator(nn.Module):
         token: Tensor,
         position: Tensor,
         k: int,
-        choose: Callable[..., Tensor] = lambda logits, position, ids: logits.argmax(-1),
+        choose: Callable[..., Tensor | None] = lambda logits, position, ids: logits.argmax(-1),
     ) -> Tensor:
         """A chain of k <= n_predict draft tokens, int64 [B, k].
 
         hidden [B, D]: the target's hidden state after its final norm, at the position whose
         logits gave `token` [B], which stands at `position` [B]; choose(logits [B, V or drafted],
-        position [B], draft_ids) picks a column of the logits for a position.
+        position [B], draft_ids) picks a column of the logits for a position; None ends the draft
+        there.
         """
-        state, drafts = self.start(hidden), []
+        state, drafts = self.start(hidden), token[:, None][:, :0]
         for i in range(k):
             state, logits = self.step(i, state, token)
             token = choose(logits, position + i + 1, self.draft_ids)
+            if token is None:
+                break
             token = token if self.draft_ids is None else self.draft_ids[token]
-            drafts.append(token)
-        return torch.stack(drafts, dim=1)
+            drafts = torch.cat((drafts, token[:, None]), dim=1)
+        return drafts
 
     def draft_tree(
         self,

@@ -181,6 +181,7 @@ def training_text(
 # --- hidden states and loss ---------------------------------------------------------------------
 
 FORWARD_TOKENS = 32768  # that the frozen target computes together
+DEEP = 2  # the first head that is trained on half the positions
 
 
 @dataclass
@@ -230,7 +231,8 @@ class HeadLosses(nn.Module):
     """Cross-entropy of every head against the target's own distribution at T = SAMPLED.
 
     A head counts only where those before it are right: each position weighs as much as the square
-    root of how likely that is, by the probabilities they give to the target's tokens."""
+    root of how likely that is, by the probabilities they give to the target's tokens. For the same
+    reason the heads from DEEP on learn from the first half of a batch only."""
 
     def __init__(self, speculator: MLPSpeculator, output: Tensor):
         super().__init__()
@@ -245,6 +247,10 @@ class HeadLosses(nn.Module):
         weight = torch.ones(len(state), device=state.device)
         state = speculator.start(state)
         for i in range(inside.shape[1]):
+            if i == DEEP:
+                few = (len(state) + 1) // 2
+                state, weight, tokens = state[:few], weight[:few], tokens[:few]
+                teacher, inside = teacher[:few], inside[:few]
             state, logits = speculator.step(i, state, tokens[:, i])
             wanted = (F.linear(teacher[:, i], self.output).float() / SAMPLED).softmax(-1)
             drafted = logits.log_softmax(-1)  # [M, V or drafted]
@@ -270,6 +276,7 @@ def acceptance(speculator: MLPSpeculator, states: States) -> list[float]:
 
 # --- training ----------------------------------------------------------------------------------
 
+MOST_ROWS = 2048
 LOG_EVERY = 500
 CPU_ROOM = 2e9  # bytes of hidden states
 
@@ -332,10 +339,11 @@ def train(args: Namespace, target: Transformer, losses: HeadLosses, texts: list,
     clock = time.perf_counter()
     examples = batches(target, texts, n, args, start)
     steps, quiet = range(start + 1, args.steps + 1), args.rank > 0 or None
+    mixed = held_out.hidden.dtype != torch.float32
     bar = tqdm(steps, total=args.steps, initial=start, desc="training", disable=quiet)
     for step in bar:
         optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
             loss = model(*next(examples))
         loss.sum().backward()
         nn.utils.clip_grad_norm_(speculator.parameters(), 1.0)
@@ -461,7 +469,7 @@ def parse_arguments(argv: list[str] | None) -> Namespace:
     add("--own-prompts", type=int, default=2, help="that the target adds to each given one (2)")
     add("--max-new-tokens", type=int, default=256, help="tokens per answer (256)")
     add("--tokens", type=int, help="of text at most; unset: answer all prompts")
-    add("--rows", type=int, default=64, help="answers written together (64)")
+    add("--rows", type=int, help="answers written together; unset: what half the memory holds")
     add("--steps", type=int, default=10000, help="training steps (10000)")
     add("--batch-size", type=int, default=8192, help="positions per step and GPU (8192)")
     add("--learning-rate", type=float, default=3e-3, help="its peak (0.003)")
@@ -471,7 +479,7 @@ def parse_arguments(argv: list[str] | None) -> Namespace:
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     args = parser.parse_args(argv)
     for name in ("n_predict", "max_new_tokens", "rows", "steps", "batch_size"):
-        if (value := getattr(args, name)) < 1:
+        if (value := getattr(args, name)) is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} {value} is out of range: at least 1")
     args.world = int(os.environ.get("WORLD_SIZE", 1))
     args.rank = int(os.environ.get("RANK", 0))
@@ -517,6 +525,15 @@ def keep_settings(args: Namespace, prompts: list[Request]) -> None:
             raise ValueError(f"{begun}; choose another --output")
 
 
+def rows_that_fit(target: Transformer, width: int) -> int:
+    """Answers of `width` tokens to write at once: as many as half of a GPU's free memory holds."""
+    weight = target.embed.weight
+    if not weight.is_cuda:
+        return 64
+    row = math.prod(kv_cache_shape(target.args, 1, width)) * weight.dtype.itemsize
+    return max(1, min(MOST_ROWS, torch.cuda.mem_get_info()[0] // (2 * row)))
+
+
 def run(args: Namespace) -> None:
     llm = LLM(args.checkpoint, device=args.device, dtype=args.dtype, load=False)
     if llm.tokenizer is None or llm.tokenizer.chat_template is None:
@@ -534,7 +551,8 @@ def run(args: Namespace) -> None:
 
     target = load_model(llm.directory, llm.device, llm.dtype)
     width, compiled = llm.max_seq_len, llm.compiled
-    engine = Engine(target, batch_size=args.rows, max_seq_len=width, compiled=compiled)
+    rows = args.rows or rows_that_fit(target, width)
+    engine = Engine(target, batch_size=rows, max_seq_len=width, compiled=compiled)
     texts = training_text(llm, engine, prompts, sets, args)
     file = args.output / f"held-out-{args.rank}.jsonl"
     held_out = write_text(engine, asked(sets["held-out"], [0.0], args), file)

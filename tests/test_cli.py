@@ -33,6 +33,7 @@ from conftest import (
     train_sentencepiece,
 )
 from huggingface_hub.utils import filter_repo_objects
+from safetensors.torch import load_file, save_file
 from transformers import LlamaTokenizer
 
 import fastspec
@@ -459,11 +460,19 @@ def test_dtype(dirs, name):
     assert engine.model.embed.weight.dtype == engine.kv.dtype == getattr(torch, name)
 
 
-@pytest.mark.parametrize(("native", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
-def test_dtype_auto_on_a_cpu_asks_for_its_instructions(dirs, monkeypatch, native, dtype):
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
+def test_dtype_auto_on_a_cpu(dirs, tmp_path, monkeypatch, native, stored):
+    """bfloat16 if it has instructions for that and the weights are stored in it, else float32,
+    whatever config.json says."""
     for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
         monkeypatch.setattr(torch.cpu, name, lambda: native)
-    assert LLM(dirs.story, device="cpu").engine.kv.dtype == dtype
+    shutil.copytree(dirs.story, tmp_path / "copy")
+    file = tmp_path / "copy" / "model.safetensors"
+    save_file({k: t.to(stored) for k, t in load_file(file).items()}, file)
+    bfloat16 = native and stored == torch.bfloat16
+    expected = torch.bfloat16 if bfloat16 else torch.float32
+    assert LLM(tmp_path / "copy", device="cpu").engine.kv.dtype == expected
 
 
 # ---- the command line ----

@@ -253,6 +253,29 @@ def test_prompt_longer_than_the_largest_prefill_size(model, speculator, greedy, 
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_a_cpu_verifies_likely_drafts_only(model, speculator, monkeypatch, temperature):
+    """As many rows as the threshold leaves, from none to all, and the same text."""
+    params = SamplingParams(temperature=temperature, max_tokens=40)
+    expected, _, _ = run(engine_for(model), PROMPTS[:2], params, seed=4)
+    widths = {}
+    for least in (1e-9, 1e-3, 1.0):
+        monkeypatch.setattr(fastspec, "LIKELY", least)
+        engine, widths[least] = engine_for(model, speculator, batch_size=2), set()
+        verify = engine.verify
+
+        def noting(tokens, *rest, verify=verify, seen=widths[least]):
+            if not engine.done.all():
+                seen.add(tokens.shape[1])
+            return verify(tokens, *rest)
+
+        engine.verify = noting
+        assert run(engine, PROMPTS[:2], params, seed=4)[0] == expected
+    most = engine.k + 1
+    assert widths[1e-9] == {most} and widths[1.0] == {1}
+    assert widths[1e-3] - {1, most}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
 def test_ragged_prompts_are_prefilled_together(model, speculator, monkeypatch, temperature):
     """Prompts of one token and of several chunks among them: ids are those of each alone."""
     prompts = [[(7 * n + i) % VOCAB for i in range(n)] for n in (3, 40, 1, 8, 9, 2, 10, 1, 17, 5)]
@@ -260,6 +283,7 @@ def test_ragged_prompts_are_prefilled_together(model, speculator, monkeypatch, t
     expected, _, _ = run(engine_for(model), prompts, params, seed=4)
     monkeypatch.setattr(fastspec, "PREFILL_SIZES", (4, 8))
     monkeypatch.setattr(fastspec, "PREFILL_TOKENS", 16)
+    monkeypatch.setattr(fastspec, "PREFILL_PER_ROW", 1)
     engine, chunks = engine_for(model, speculator, batch_size=10), []
     prefill_chunk = engine.prefill_chunk
 
