@@ -271,7 +271,7 @@ def test_a_cpu_verifies_likely_drafts_only(model, speculator, monkeypatch, tempe
     params = SamplingParams(temperature=temperature, max_tokens=40)
     expected, _, _ = run(engine_for(model), PROMPTS[:2], params, seed=4)
     found = {}
-    for least in (1e-9, 1e-4, 1e-3, 1e-2, 1.0):
+    for least in (1e-9, 1e-4, 1e-3, 1e-2, 0.05, 0.2, 1.0):
         monkeypatch.setattr(fastspec, "LIKELY", least)
         engine = engine_for(model, speculator, batch_size=2)
         found[least] = verified_widths(engine)
