@@ -22,6 +22,7 @@ from itertools import chain, product
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from huggingface_hub import save_torch_state_dict
@@ -290,7 +291,10 @@ def new_speculator(args: SpeculatorArgs, texts: list[Text], seed: int, device) -
             nn.init.normal_(param, std=args.inner_dim**-0.5)
     if args.draft_vocab_size:
         tokens = torch.tensor([token for _, answer in texts for token in answer])
-        order = tokens.bincount(minlength=args.vocab_size).argsort(descending=True, stable=True)
+        counts = tokens.bincount(minlength=args.vocab_size).to(device)
+        if dist.is_initialized():
+            dist.all_reduce(counts)
+        order = counts.argsort(descending=True, stable=True)
         speculator.set_draft_ids(order[: args.draft_vocab_size].sort().values)
     return speculator.to(device)
 
@@ -545,9 +549,13 @@ def run(args: Namespace) -> None:
     sets = {"held-out": prompts[::HELD_OUT]}
     sets |= {Path(file).stem: read_prompts(llm, [file]) for file in args.eval_prompts or ()}
     prompts = [prompt for i, prompt in enumerate(prompts) if i % HELD_OUT]
-    keep_settings(args, prompts)
     if args.world > 1:
-        torch.distributed.init_process_group("nccl" if llm.device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if llm.device.type == "cuda" else "gloo")
+        if args.rank:
+            dist.barrier()  # rank 0 writes the settings that the others read
+    keep_settings(args, prompts)
+    if args.world > 1 and not args.rank:
+        dist.barrier()
 
     target = load_model(llm.directory, llm.device, llm.dtype)
     width, compiled = llm.max_seq_len, llm.compiled
@@ -570,7 +578,7 @@ def run(args: Namespace) -> None:
         plot(args.output)
         report(args, llm, target, sets)
     if args.world > 1:
-        torch.distributed.destroy_process_group()
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
