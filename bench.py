@@ -311,8 +311,6 @@ class Case(LLM):
 
 # --- runs --------------------------------------------------------------------------------------
 
-ROUNDS = 3  # of every mode, after one that is warm-up
-
 
 class Run(NamedTuple):
     """One pass over the prompts: medians, what all rows emitted in how many steps, tokens in a
@@ -450,7 +448,7 @@ def measure_rows(llm: Case, requests: list[Request], ceiling: Work, bar) -> list
     runners = [partial(run_engine, llm, mode) for mode in range(len(llm.engines))]
     runners += [partial(run_transformers, llm)] if llm.rival else []
     runs: list[list[Run]] = [[] for _ in runners]
-    for _ in range(1 + ROUNDS):
+    for _ in range(1 + options.rounds):
         for runner, of_mode in zip(runners, runs, strict=True):
             if torch.cuda.is_initialized():
                 torch.cuda.reset_peak_memory_stats()
@@ -536,7 +534,7 @@ def describe(llm: Case, ceiling: Work) -> dict:
         nbytes = step_need(llm.weights, llm.heads, engine, 0).nbytes
         least = 1000 * nbytes / ceiling.nbytes
         print(f"weights of a step, {what}: {nbytes / 1e9:.3f} GB, at least {least:.3f} ms")
-    print(f"{ROUNDS} rounds after one of warm-up, modes alternating; medians\n")
+    print(f"{options.rounds} rounds after one of warm-up, modes alternating; medians\n")
     return document
 
 
@@ -577,6 +575,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--batch", type=counts, default=[1], help="rows decoded together, as 1,4,16 (1)")
     add("--prompt-len", type=counts, help="tokens per prompt, as 128,2048 (128)")
     add("--prompts", metavar="FILE", help="JSON lines with prompt or messages, and sampling fields")
+    add("--rounds", type=int, default=3, help="of every mode, after one of warm-up (3)")
     add("--max-new-tokens", type=int, default=64, help="tokens per answer (64)")
     add("--temperature", type=float, default=0.0, help="0, the default, is greedy")
     add("--top-p", type=float, default=1.0, help="1, the default, keeps all")
@@ -630,6 +629,7 @@ def check_options(args: argparse.Namespace, ranks) -> None:
         (args.num_draft_tokens is not None and alone, "--num-draft-tokens needs --speculator"),
         (args.top_k_tokens_per_head and not args.tree, "--top-k-tokens-per-head needs --tree"),
         (args.vs and ranks is not None, "--vs goes without torchrun"),
+        (args.rounds < 1, f"--rounds {args.rounds}: at least 1"),
         (length < 16, f"--max-new-tokens {length}: at least 16, to time steps"),
     ):
         if wrong:
@@ -718,7 +718,7 @@ def measure(args, new_case: Callable[..., Case], ranks, sets: dict[str, list[Req
                 document = describe(llm, ceiling)
                 print(table_line(columns), flush=True)
                 modes = len(llm.modes) + bool(llm.rival)
-                bar.reset(len(args.batch) * len(sets) * modes * (1 + ROUNDS))
+                bar.reset(len(args.batch) * len(sets) * modes * (1 + args.rounds))
             document["compile_s"] += warm_up(llm, sets)
             for label, requests in sets.items():
                 count = max(batch, len(requests)) if args.prompts else batch

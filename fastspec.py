@@ -1681,7 +1681,7 @@ def read_row(llm: LLM, line: bytes, number: int, params: SamplingParams, chat: b
     """The request of one row: its own sampling fields, else those of `params`."""
     row = row_of(line)
     known = [f.name for f in fields(SamplingParams)]
-    if unknown := row.keys() - {"id", "prompt", "messages", *known}:
+    if unknown := row.keys() - {"id", "category", "prompt", "messages", *known}:
         known = ", ".join(["id", "prompt", "messages", *known])
         raise ValueError(f"{min(unknown)!r} is not supported; supported: {known}")
     if not isinstance(id := row.get("id", number), str | int):

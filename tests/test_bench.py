@@ -40,7 +40,6 @@ KEYS |= {"floor_fraction", "gb_per_step", "ttft_ms", "peak_gb"}
 def quick(monkeypatch):
     """A ceiling that is known, and measured in no time; a shape that is tiny."""
     monkeypatch.setattr(bench, "measure_ceiling", lambda *_: Work(1e9, 1e12))
-    monkeypatch.setattr(bench, "ROUNDS", 1)
     monkeypatch.setattr(bench.fastspec, "BUNDLED", Path("/nowhere"))
     monkeypatch.setitem(bench.SHAPES, "tiny", TINY)
 
@@ -51,6 +50,7 @@ def main(capsys):
 
     def run(*argv):
         options = ["--device", "cpu", "--dtype", "float32", "--max-new-tokens", "16"]
+        options += ["--rounds", "1"]
         code = bench.main([*options, *map(str, argv)])
         out, err = capsys.readouterr()
         assert code == 0, err
@@ -505,7 +505,7 @@ def test_on_a_gpu(capsys, monkeypatch):
 RANK = """
 import sys, bench
 bench.SHAPES["tiny"] = ((48, 1, 8, 2, 64, 96, 512), bench.LLAMA, 32, [4, 3, 2], {})
-bench.measure_ceiling, bench.ROUNDS = lambda *_: bench.Work(1e9, 1e12), 1
+bench.measure_ceiling = lambda *_: bench.Work(1e9, 1e12)
 sys.exit(bench.main(sys.argv[1:]))
 """
 
@@ -517,7 +517,7 @@ def test_ranks_share_a_shape(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(script)]
     command += ["--shape", "tiny", "--device", "cpu", "--dtype", "float32", "--prompt-len", "5"]
     command += ["--max-new-tokens", "16", "--batch", "1,2", "--tree", "9"]
-    command += ["--draft-tensor-parallel-size", "2"]
+    command += ["--draft-tensor-parallel-size", "2", "--rounds", "1"]
     env = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, capture_output=True, text=True, timeout=100, env=env)
     assert result.returncode == 0, result.stderr
