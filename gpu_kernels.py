@@ -1,6 +1,6 @@
 """Triton kernels for the decode step, used where they measure better than torch's own.
 
-`forward` equals `Transformer.forward` of model.py for a gated llama on a GPU: six kernels a layer
+`forward` equals `Transformer.forward` of model.py for a gated llama on a GPU: five kernels a layer
 instead of sixteen. A small batch moves every weight through the bus once and computes little, so
 each kernel is shaped to keep the bus busy:
 
@@ -194,14 +194,14 @@ def small(
 
 # --- attention ---------------------------------------------------------------------------------
 
-# Splits begin at fixed slots; a program takes every PARTS-th of them, in the slots' order. So the
-# keys that a token sees are summed in the same order whatever the live length is, and the splits
-# that it does not see add exact zeros: bfloat16 results are bit-identical however many tokens a
-# step accepts.
+# Splits begin at fixed slots; program j of a head takes splits j, j + PARTS, ... in this order, and
+# the programs' parts are joined in theirs. So the keys that a token sees are summed in the same
+# order whatever the live length is, and those that it does not see add exact zeros: its bfloat16
+# result is bit-identical however many tokens the steps before it accepted.
 SPLIT = 64
-QUERIES = 32  # rows at most of a program
-PARTS = 16  # programs at most that share a row's KV head
-PROGRAMS = 512  # that keep an H100 busy
+QUERIES = 32  # at most in a program
+PARTS = 16  # programs at most that share a head's splits: the last of them reads all parts
+PROGRAMS = 256  # if there are as many anyway, no head's splits are shared
 
 
 @triton.jit
@@ -210,9 +210,9 @@ def _attend(
     N: tl.constexpr, G: tl.constexpr, K: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr,
     ROWS: tl.constexpr, SPLIT: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Attention of one row's KV head and ROWS of its G * N queries, over every PARTS-th split of
-    the live slots. The last program to finish joins the parts: softmax numerators
-    [tiles, PARTS, ROWS, WIDTH], and maxima and sums [tiles, PARTS, 2, ROWS]."""
+    """Attention of ROWS of the G * N queries of one row's KV head. Each of PARTS programs leaves
+    softmax numerators in part [tiles, PARTS, ROWS, WIDTH], maxima and sums in stats
+    [tiles, PARTS, 2, ROWS]; the last to finish joins them."""
     tile, mine = tl.program_id(0), tl.program_id(1)
     blocks: tl.constexpr = (N * G + ROWS - 1) // ROWS
     bk, block = tile // blocks, tile % blocks
@@ -235,6 +235,9 @@ def _attend(
         for split in range(mine, live, PARTS):
             slot = split * SPLIT + tl.arange(0, SPLIT)
             in_cache, there = slot < root, (slot < root + N)[:, None] & in_head
+            own = (slot >= root) & (slot < root + N)
+            seen = ancestors + b * row_ancestors + node[:, None] * N + (slot - root)[None, :]
+            allowed = tl.load(seen, mask=own[None, :], other=0)
             cache_at = kv + (bk * S + slot).to(tl.int64) * E
             own_at = qkv + (b * N + slot - root) * width + (G * K + head) * E
             key_at = tl.where(in_cache, cache_at, own_at)[:, None] + e[None, :]
@@ -242,9 +245,6 @@ def _attend(
             keys = tl.load(key_at, mask=there, other=0.0)  # [SPLIT WIDTH]
             values = tl.load(value_at + e[None, :], mask=there, other=0.0)
             scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
-            own = (slot >= root) & (slot < root + N)
-            seen = ancestors + b * row_ancestors + node[:, None] * N + (slot - root)[None, :]
-            allowed = tl.load(seen, mask=own[None, :], other=0)
             scores = tl.where(in_cache[None, :] | (allowed != 0), scores, float("-inf"))
             higher = tl.maximum(top, tl.max(scores, axis=1))
             base = tl.where(higher == float("-inf"), 0.0, higher)  # a query may see nothing yet
@@ -255,33 +255,31 @@ def _attend(
 
         last = True
         if PARTS > 1:
-            at = (tile * PARTS * ROWS + i)[:, None] * WIDTH + e[None, :]
-            stat = tile * PARTS * 2 * ROWS + i
-            tl.store(part + at + mine * ROWS * WIDTH, y, mask=real[:, None])
-            tl.store(stats + stat + mine * 2 * ROWS, top, mask=real)
-            tl.store(stats + stat + mine * 2 * ROWS + ROWS, total, mask=real)
+            y_at = part + (tile * PARTS * ROWS + i)[:, None] * WIDTH + e[None, :]
+            stat_at = stats + tile * PARTS * 2 * ROWS + i
+            tl.store(y_at + mine * ROWS * WIDTH, y, mask=real[:, None])
+            tl.store(stat_at + mine * 2 * ROWS, top)
+            tl.store(stat_at + mine * 2 * ROWS + ROWS, total)
             tl.debug_barrier()
             parts = tl.minimum(live, PARTS)
             last = tl.atomic_add(count + tile, 1, sem="acq_rel") == parts - 1
         if last:
             if PARTS > 1:
                 top = tl.full([ROWS], float("-inf"), dtype=tl.float32)
+                for j in tl.static_range(PARTS):
+                    used, at = i * 0 + j < parts, stat_at + j * 2 * ROWS
+                    its = tl.load(at, mask=used, other=float("-inf"), cache_modifier=".cg")
+                    top = tl.maximum(top, its)
                 total = tl.zeros([ROWS], dtype=tl.float32)
                 y = tl.zeros([ROWS, WIDTH], dtype=tl.float32)
                 for j in tl.static_range(PARTS):
-                    its_top = stats + stat + j * 2 * ROWS
-                    known = real & (i * 0 + j < parts)
-                    its = tl.load(its_top, mask=known, other=float("-inf"), cache_modifier=".cg")
-                    top = tl.maximum(top, its)
-                for j in tl.static_range(PARTS):
-                    its_top = stats + stat + j * 2 * ROWS
-                    known = real & (i * 0 + j < parts)
-                    its = tl.load(its_top, mask=known, other=float("-inf"), cache_modifier=".cg")
+                    used, at = i * 0 + j < parts, stat_at + j * 2 * ROWS
+                    its = tl.load(at, mask=used, other=float("-inf"), cache_modifier=".cg")
                     share = tl.exp(its - top)
-                    its = tl.load(its_top + ROWS, mask=known, other=0.0, cache_modifier=".cg")
+                    its = tl.load(at + ROWS, mask=used, other=0.0, cache_modifier=".cg")
                     total += share * its
-                    its_y = part + at + j * ROWS * WIDTH
-                    its = tl.load(its_y, mask=known[:, None], other=0.0, cache_modifier=".cg")
+                    known, at = (used & real)[:, None], y_at + j * ROWS * WIDTH
+                    its = tl.load(at, mask=known, other=0.0, cache_modifier=".cg")
                     y += share[:, None] * its
                 tl.store(count + tile, 0)
             out_at = ((b * N + node) * K * G + head * G + query // N)[:, None] * E + e[None, :]
@@ -301,17 +299,17 @@ def attention(qkv: Tensor, kv: Tensor, cached: Tensor, ancestors: Tensor, n_head
     N, G = ancestors.shape[-1], n_heads // K
     rows = min(QUERIES, max(16, triton.next_power_of_2(N * G)))  # a matrix instruction's least
     tiles, width = B * K * triton.cdiv(N * G, rows), triton.next_power_of_2(E)
-    parts = max(1, min(PARTS, PROGRAMS // (B * K), triton.cdiv(S + N, SPLIT)))
-    assert tiles <= MOST_TILES
-    part = qkv.new_empty((tiles, parts, rows, width), dtype=torch.float32)
-    stats = qkv.new_empty((tiles, parts, 2, rows), dtype=torch.float32)
+    parts = max(1, min(PARTS, PROGRAMS // tiles, triton.cdiv(S + N, SPLIT)))
+    shared, floats = parts > 1, {"dtype": torch.float32}
+    part = qkv.new_empty(tiles, parts, rows, width, **floats) if shared else None
+    stats = qkv.new_empty(tiles, parts, 2, rows, **floats) if shared else None
     out = qkv.new_empty(B * N, n_heads * E)
     pdl = {"launch_pdl": True} if qkv.is_cuda else {}
     _attend[(tiles, parts)](
         qkv, kv, cached, ancestors, out, part, stats, counters(qkv.device), E**-0.5, S,
         kv.stride(0), N * N * (ancestors.dim() - 2),
         N=N, G=G, K=K, E=E, WIDTH=width, ROWS=rows, SPLIT=SPLIT, PARTS=parts, PDL=qkv.is_cuda,
-        num_warps=4, **pdl,
+        num_warps=4, num_stages=3 if width * qkv.element_size() <= 512 else 2, **pdl,
     )  # fmt: skip
     return out
 
