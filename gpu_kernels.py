@@ -17,7 +17,7 @@ Every operation has a plain equivalent beside it, which also serves more than MO
 
 Letters in shape comments: B rows, N tokens per row, M = B * N, D hidden width, R rows and C columns
 of a weight, T tiles of R, H query heads, K KV heads, G = H / K, E head_dim, S cache slots,
-P splits, V vocabulary.
+V vocabulary.
 """
 
 import functools
@@ -234,18 +234,19 @@ def _attend(
         y = tl.zeros([ROWS, WIDTH], dtype=tl.float32)
         for split in range(mine, live, PARTS):
             slot = split * SPLIT + tl.arange(0, SPLIT)
-            in_cache, there = slot < root, (slot < root + N)[:, None] & in_head
+            in_cache, there = (slot < root)[:, None], (slot < root + N)[:, None] & in_head
             own = (slot >= root) & (slot < root + N)
+            # Loaded before the products, whose layout the compiler then keeps for the softmax.
             seen = ancestors + b * row_ancestors + node[:, None] * N + (slot - root)[None, :]
             allowed = tl.load(seen, mask=own[None, :], other=0)
-            cache_at = kv + (bk * S + slot).to(tl.int64) * E
-            own_at = qkv + (b * N + slot - root) * width + (G * K + head) * E
-            key_at = tl.where(in_cache, cache_at, own_at)[:, None] + e[None, :]
-            value_at = tl.where(in_cache, cache_at + value_offset, own_at + K * E)[:, None]
+            cache_at = kv + (bk * S + slot).to(tl.int64)[:, None] * E + e[None, :]
+            own_at = (b * N + slot - root)[:, None] * width + (G * K + head) * E + e[None, :]
+            key_at = tl.where(in_cache, cache_at, qkv + own_at)  # one load: it is pipelined
+            value_at = tl.where(in_cache, cache_at + value_offset, qkv + own_at + K * E)
             keys = tl.load(key_at, mask=there, other=0.0)  # [SPLIT WIDTH]
-            values = tl.load(value_at + e[None, :], mask=there, other=0.0)
+            values = tl.load(value_at, mask=there, other=0.0)
             scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
-            scores = tl.where(in_cache[None, :] | (allowed != 0), scores, float("-inf"))
+            scores = tl.where(tl.trans(in_cache) | (allowed != 0), scores, float("-inf"))
             higher = tl.maximum(top, tl.max(scores, axis=1))
             base = tl.where(higher == float("-inf"), 0.0, higher)  # a query may see nothing yet
             p, kept = tl.exp(scores - base[:, None]), tl.exp(top - base)
