@@ -1,6 +1,6 @@
 """Triton kernels for the decode step, used where they measure better than torch's own.
 
-`forward` equals `Transformer.forward` of model.py for a gated llama on a GPU: six kernels a layer
+`forward` equals `Transformer.forward` of model.py for a gated llama on a GPU: five kernels a layer
 instead of sixteen. A small batch moves every weight through the bus once and computes little, so
 each kernel is shaped to keep the bus busy:
 
@@ -17,7 +17,7 @@ Every operation has a plain equivalent beside it, which also serves more than MO
 
 Letters in shape comments: B rows, N tokens per row, M = B * N, D hidden width, R rows and C columns
 of a weight, T tiles of R, H query heads, K KV heads, G = H / K, E head_dim, S cache slots,
-P splits, V vocabulary.
+V vocabulary.
 """
 
 import functools
@@ -194,87 +194,97 @@ def small(
 
 # --- attention ---------------------------------------------------------------------------------
 
-# Splits begin at fixed slots, so a key is summed in the same order whatever the live length is:
-# that keeps bfloat16 results bit-identical however many tokens a step accepts.
+# Splits begin at fixed slots; program j of a head takes splits j, j + PARTS, ... in this order, and
+# the programs' parts are joined in theirs. So the keys that a token sees are summed in the same
+# order whatever the live length is, and those that it does not see add exact zeros: its bfloat16
+# result is bit-identical however many tokens the steps before it accepted.
 SPLIT = 64
+QUERIES = 32  # at most in a program
+PARTS = 16  # programs at most that share a head's splits: the last of them reads all parts
+PROGRAMS = 256  # if there are as many anyway, no head's splits are shared
 
 
 @triton.jit
-def _attend_split(
-    qkv, kv, cached, ancestors, part, stats, scale, S, value_offset, splits, row_ancestors,
+def _attend(
+    qkv, kv, cached, ancestors, out, part, stats, count, scale, S, value_offset, row_ancestors,
     N: tl.constexpr, G: tl.constexpr, K: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr,
-    ROWS: tl.constexpr, SPLIT: tl.constexpr, PDL: tl.constexpr,
+    ROWS: tl.constexpr, SPLIT: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Softmax numerator, maximum and sum of one split of slots, for one row's KV head."""
-    bk, split = tl.program_id(0), tl.program_id(1)
+    """Attention of ROWS of the G * N queries of one row's KV head. Each of PARTS programs leaves
+    softmax numerators in part [tiles, PARTS, ROWS, WIDTH], maxima and sums in stats
+    [tiles, PARTS, 2, ROWS]; the last to finish joins them."""
+    tile, mine = tl.program_id(0), tl.program_id(1)
+    blocks: tl.constexpr = (N * G + ROWS - 1) // ROWS
+    bk, block = tile // blocks, tile % blocks
     b, head = bk // K, bk % K
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    root = tl.load(cached + b)
-    slot = split * SPLIT + tl.arange(0, SPLIT)
-    if split * SPLIT < root + N:
-        row, e = tl.arange(0, ROWS), tl.arange(0, WIDTH)
-        in_head = (e < E)[None, :]
+    root = tl.load(cached + b).to(tl.int32)
+    live = (root + N + SPLIT - 1) // SPLIT
+    if mine < live:
+        i, e = tl.arange(0, ROWS), tl.arange(0, WIDTH)
+        query = block * ROWS + i
+        node, in_head, real = query % N, (e < E)[None, :], query < N * G
         width: tl.constexpr = (G + 2) * K * E  # of a token's q, k and v
-        in_cache, own = (slot < root)[:, None], ((slot >= root) & (slot < root + N))[:, None]
-        cache_at = kv + (bk * S + slot).to(tl.int64)[:, None] * E + e[None, :]
-        keys = tl.load(cache_at, mask=in_cache & in_head, other=0.0)  # [SPLIT WIDTH]
-        values = tl.load(cache_at + value_offset, mask=in_cache & in_head, other=0.0)
-        node = row % N
-        q_at = qkv + ((b * N + node) * width + (head * G + row // N) * E)[:, None] + e[None, :]
-        queries = tl.load(q_at, mask=(row < N * G)[:, None] & in_head, other=0.0)  # [ROWS WIDTH]
-        if split * SPLIT + SPLIT > root:  # own tokens; where they lie the cache gave zeros
-            own_at = qkv + (b * N + slot - root)[:, None] * width + (G * K + head) * E + e[None, :]
-            keys += tl.load(own_at, mask=own & in_head, other=0.0)
-            values += tl.load(own_at + K * E, mask=own & in_head, other=0.0)
-        scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
-        seen = ancestors + b * row_ancestors + node[:, None] * N + (slot - root)[None, :]
-        allowed = tl.load(seen, mask=tl.trans(own), other=0)
-        scores = tl.where(tl.trans(in_cache) | (allowed != 0), scores, float("-inf"))
-        top = tl.max(scores, axis=1)
-        # A row may see nothing in this split.
-        p = tl.exp(scores - tl.where(top == float("-inf"), 0.0, top)[:, None])
-        y = tl.dot(p.to(values.dtype), values, input_precision="ieee")
-        here = bk * splits + split
-        real = row < N * G
-        tl.store(part + (here * ROWS + row)[:, None] * WIDTH + e[None, :], y, mask=real[:, None])
-        tl.store(stats + here * 2 * ROWS + row, top, mask=real)
-        tl.store(stats + here * 2 * ROWS + ROWS + row, tl.sum(p, axis=1), mask=real)
+        q_at = ((b * N + node) * width + (head * G + query // N) * E)[:, None] + e[None, :]
+        queries = tl.load(qkv + q_at, mask=real[:, None] & in_head, other=0.0)  # [ROWS WIDTH]
+        top = tl.full([ROWS], float("-inf"), dtype=tl.float32)
+        total = tl.zeros([ROWS], dtype=tl.float32)
+        y = tl.zeros([ROWS, WIDTH], dtype=tl.float32)
+        for split in range(mine, live, PARTS):
+            slot = split * SPLIT + tl.arange(0, SPLIT)
+            in_cache, there = (slot < root)[:, None], (slot < root + N)[:, None] & in_head
+            own = (slot >= root) & (slot < root + N)
+            # Loaded before the products, whose layout the compiler then keeps for the softmax.
+            seen = ancestors + b * row_ancestors + node[:, None] * N + (slot - root)[None, :]
+            allowed = tl.load(seen, mask=own[None, :], other=0)
+            cache_at = kv + (bk * S + slot).to(tl.int64)[:, None] * E + e[None, :]
+            own_at = (b * N + slot - root)[:, None] * width + (G * K + head) * E + e[None, :]
+            key_at = tl.where(in_cache, cache_at, qkv + own_at)  # one load: it is pipelined
+            value_at = tl.where(in_cache, cache_at + value_offset, qkv + own_at + K * E)
+            keys = tl.load(key_at, mask=there, other=0.0)  # [SPLIT WIDTH]
+            values = tl.load(value_at, mask=there, other=0.0)
+            scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
+            scores = tl.where(tl.trans(in_cache) | (allowed != 0), scores, float("-inf"))
+            higher = tl.maximum(top, tl.max(scores, axis=1))
+            base = tl.where(higher == float("-inf"), 0.0, higher)  # a query may see nothing yet
+            p, kept = tl.exp(scores - base[:, None]), tl.exp(top - base)
+            y = tl.dot(p.to(values.dtype), values, y * kept[:, None], input_precision="ieee")
+            total = total * kept + tl.sum(p, axis=1)
+            top = higher
 
-
-@triton.jit
-def _combine_splits(
-    part, stats, cached, out, splits,
-    N: tl.constexpr, G: tl.constexpr, K: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr,
-    ROWS: tl.constexpr, SPLIT: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """Join the live splits of one token and query head, sixteen at a time in the slots' order."""
-    bn, query_head = tl.program_id(0), tl.program_id(1)
-    b, e = bn // N, tl.arange(0, WIDTH)
-    row = (query_head % G) * N + bn % N
-    here = (b * K + query_head // G) * splits
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
-    live = (tl.load(cached + b) + N + SPLIT - 1) // SPLIT
-    every = tl.arange(0, SPLITS)
-    of_all = stats + (here + every) * 2 * ROWS + row
-    tops = tl.load(of_all, mask=every < live, other=float("-inf"))
-    top = tl.max(tops, axis=0)
-    sums = tl.load(of_all + ROWS, mask=every < live, other=0.0)
-    total = tl.sum(tl.exp(tops - top) * sums, axis=0)
-    y = tl.zeros([WIDTH], dtype=tl.float32)
-    start = 0
-    while start < live:
-        split = start + tl.arange(0, 16)
-        in_use = split < live
-        at = (here + split) * 2 * ROWS + row
-        share = tl.exp(tl.load(stats + at, mask=in_use, other=float("-inf")) - top)
-        rows = part + ((here + split) * ROWS + row)[:, None] * WIDTH + e[None, :]
-        y += tl.sum(share[:, None] * tl.load(rows, mask=in_use[:, None], other=0.0), axis=0)
-        start += 16
-    tl.store(out + (bn * K * G + query_head) * E + e, y / total, mask=e < E)
+        last = True
+        if PARTS > 1:
+            y_at = part + (tile * PARTS * ROWS + i)[:, None] * WIDTH + e[None, :]
+            stat_at = stats + tile * PARTS * 2 * ROWS + i
+            tl.store(y_at + mine * ROWS * WIDTH, y, mask=real[:, None])
+            tl.store(stat_at + mine * 2 * ROWS, top)
+            tl.store(stat_at + mine * 2 * ROWS + ROWS, total)
+            tl.debug_barrier()
+            parts = tl.minimum(live, PARTS)
+            last = tl.atomic_add(count + tile, 1, sem="acq_rel") == parts - 1
+        if last:
+            if PARTS > 1:
+                top = tl.full([ROWS], float("-inf"), dtype=tl.float32)
+                for j in tl.static_range(PARTS):
+                    used, at = i * 0 + j < parts, stat_at + j * 2 * ROWS
+                    its = tl.load(at, mask=used, other=float("-inf"), cache_modifier=".cg")
+                    top = tl.maximum(top, its)
+                total = tl.zeros([ROWS], dtype=tl.float32)
+                y = tl.zeros([ROWS, WIDTH], dtype=tl.float32)
+                for j in tl.static_range(PARTS):
+                    used, at = i * 0 + j < parts, stat_at + j * 2 * ROWS
+                    its = tl.load(at, mask=used, other=float("-inf"), cache_modifier=".cg")
+                    share = tl.exp(its - top)
+                    its = tl.load(at + ROWS, mask=used, other=0.0, cache_modifier=".cg")
+                    total += share * its
+                    known, at = (used & real)[:, None], y_at + j * ROWS * WIDTH
+                    its = tl.load(at, mask=known, other=0.0, cache_modifier=".cg")
+                    y += share[:, None] * its
+                tl.store(count + tile, 0)
+            out_at = ((b * N + node) * K * G + head * G + query // N)[:, None] * E + e[None, :]
+            tl.store(out + out_at, y / total[:, None], mask=real[:, None] & in_head)
 
 
 @torch.library.custom_op("fastspec::attention", mutates_args=())
@@ -288,22 +298,20 @@ def attention(qkv: Tensor, kv: Tensor, cached: Tensor, ancestors: Tensor, n_head
     """
     _, B, K, S, E = kv.shape
     N, G = ancestors.shape[-1], n_heads // K
-    splits = triton.cdiv(S + N, SPLIT)
-    rows = max(16, triton.next_power_of_2(N * G))  # a matrix instruction's least
-    width = triton.next_power_of_2(E)
-    part = qkv.new_empty((B * K, splits, rows, width), dtype=torch.float32)
-    stats = qkv.new_empty((B * K, splits, 2, rows), dtype=torch.float32)
+    rows = min(QUERIES, max(16, triton.next_power_of_2(N * G)))  # a matrix instruction's least
+    tiles, width = B * K * triton.cdiv(N * G, rows), triton.next_power_of_2(E)
+    parts = max(1, min(PARTS, PROGRAMS // tiles, triton.cdiv(S + N, SPLIT)))
+    shared, floats = parts > 1, {"dtype": torch.float32}
+    part = qkv.new_empty(tiles, parts, rows, width, **floats) if shared else None
+    stats = qkv.new_empty(tiles, parts, 2, rows, **floats) if shared else None
     out = qkv.new_empty(B * N, n_heads * E)
-    shape = {"N": N, "G": G, "K": K, "E": E, "WIDTH": width, "ROWS": rows, "SPLIT": SPLIT}
-    shape["PDL"] = qkv.is_cuda
     pdl = {"launch_pdl": True} if qkv.is_cuda else {}
-    _attend_split[(B * K, splits)](
-        qkv, kv, cached, ancestors, part, stats, E**-0.5, S, kv.stride(0), splits,
-        N * N * (ancestors.dim() - 2), num_warps=4 if rows < 64 else 8, **shape, **pdl,
+    _attend[(tiles, parts)](
+        qkv, kv, cached, ancestors, out, part, stats, counters(qkv.device), E**-0.5, S,
+        kv.stride(0), N * N * (ancestors.dim() - 2),
+        N=N, G=G, K=K, E=E, WIDTH=width, ROWS=rows, SPLIT=SPLIT, PARTS=parts, PDL=qkv.is_cuda,
+        num_warps=4, num_stages=3 if width * qkv.element_size() <= 512 else 2, **pdl,
     )  # fmt: skip
-    _combine_splits[(B * N, n_heads)](
-        part, stats, cached, out, splits, SPLITS=triton.next_power_of_2(splits), **shape, **pdl
-    )
     return out
 
 

@@ -11,6 +11,7 @@ from speculator import LEAST, MLPSpeculator, SpeculatorArgs
 from speculator import top_children as plain_top_children
 
 pytest.importorskip("triton", reason="there is no triton for this platform")
+import gpu_kernels
 from gpu_kernels import (
     BLOCK,
     SPLIT,
@@ -51,6 +52,8 @@ def attention_inputs(B, N, H, K, E, S, cached, dtype=torch.float32, seed=0, tree
         (1, 25, 8, 2, 32, 500, [311]),
         (2, 3, 6, 1, 32, 64, [64, 1]),  # one KV head; a full cache
         (1, 5, 48, 1, 128, 70, [66]),  # 240 query rows on one KV head, as in granite-20b-code
+        (1, 3, 2, 1, 16, 1300, [1240]),  # more splits than programs
+        (33, 1, 8, 8, 16, 70, range(33)),  # more heads than programs
     ],
 )
 def test_attention_equals_plain(B, N, H, K, E, S, cached):
@@ -69,6 +72,31 @@ def test_each_row_has_its_own_tree():
     )
 
 
+@pytest.mark.parametrize("parts", [1, 2, 3, 16])
+def test_any_number_of_programs_shares_the_splits(parts, monkeypatch):
+    """Rows of one split and of many, two blocks of queries. float32, as above."""
+    B, N, H, K, S = 3, 11, 8, 2, 1100
+    monkeypatch.setattr(gpu_kernels, "PROGRAMS", parts * B * K * 2)
+    inputs = attention_inputs(B, N, H, K, 16, S, [1, 130, S], trees=B)
+    torch.testing.assert_close(
+        cached_attention(*inputs), plain_attention(*inputs), rtol=1e-4, atol=1e-5
+    )
+    assert not counters(inputs[0].device).any()  # as the next kernel expects
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="only the interpreter runs programs in a given order")
+def test_whichever_program_finishes_last_the_result_is_the_same(monkeypatch):
+    from triton.runtime.interpreter import interpreter_builder
+
+    inputs = attention_inputs(2, 3, 4, 2, 16, 500, [480, 100])
+    expected, visit = cached_attention(*inputs), interpreter_builder.set_grid_idx
+    for step in (1, 3):  # of the eight programs of a head; backwards, or all mixed
+        monkeypatch.setattr(
+            interpreter_builder, "set_grid_idx", lambda x, y, z, n=step: visit(x, -n * y % 8, z)
+        )
+        assert torch.equal(cached_attention(*inputs), expected)
+
+
 def test_nothing_past_the_live_length_is_read():
     """NaN in dead slots would reach the result through any product with it."""
     q, k, v, kv, *visible = attention_inputs(2, 3, 4, 2, 32, 200, [70, 5])
@@ -78,19 +106,22 @@ def test_nothing_past_the_live_length_is_read():
     assert torch.equal(cached_attention(q, k, v, kv, *visible), expected)
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter's products round by shape")
-def test_key_counts_the_same_in_the_cache_and_among_the_own_tokens():
-    """Bit for bit: the last token of a step sees what a step that begins with it sees."""
-    B, N, H, K, E, S, start = 1, 6, 8, 2, 64, 300, SPLIT - 3
-    q, k, v, kv, cached, _, _ = attention_inputs(B, N, H, K, E, S, [start])
+@pytest.mark.parametrize("parts", [1, 2, 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_key_counts_the_same_in_the_cache_and_among_the_own_tokens(parts, dtype, monkeypatch):
+    """Bit for bit, in steps of one width: tokens that one step ends with and a later one begins
+    with, where either crosses into a split of the next program, or of the first one again."""
+    N, H, K, E, S = 6, 8, 2, 64, 1400
+    monkeypatch.setattr(gpu_kernels, "PROGRAMS", parts * K)
     chain = torch.ones(N, N, dtype=torch.bool, device=DEVICE).tril()
-    together = cached_attention(q, k, v, kv, cached, chain)
-    for n in range(N):
-        alone = cached_attention(
-            q[:, n:], k[:, n:], v[:, n:], kv, cached + n, chain[n:, n:].contiguous()
-        )
-        assert torch.equal(alone[:, 0], together[:, n])
-        kv[0, :, :, start + n], kv[1, :, :, start + n] = k[:, n], v[:, n]
+    for start in (SPLIT - 3, 16 * SPLIT - N):
+        q, k, v, kv, cached, _, _ = attention_inputs(1, 2 * N, H, K, E, S, [start], dtype)
+        together = cached_attention(q[:, :N], k[:, :N], v[:, :N], kv, cached, chain)
+        for n in range(1, N):
+            kv[:, 0, :, start + n - 1] = torch.stack((k[0, n - 1], v[0, n - 1]))
+            step = slice(n, n + N)
+            later = cached_attention(q[:, step], k[:, step], v[:, step], kv, cached + n, chain)
+            assert torch.equal(later[:, : N - n], together[:, n:])
 
 
 def random(*shape, scale=1.0):
