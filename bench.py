@@ -235,8 +235,7 @@ class BenchEngine(Engine):
         if self.tree:
             candidates, parent = self.draft_tree(last[:, 0], root, noisy)
             return candidates, *fastspec.lineage(parent, self.k)
-        drafts = self.draft(last[:, 0], root, noisy)
-        return torch.cat((last, drafts), dim=1), self.ancestors, self.depth
+        return self.draft(last[:, 0], root, noisy), self.ancestors, self.depth
 
     def verify_alone(self, candidates, ancestors, depth, live: int | None, *needs: bool):
         kv, root = self.kv if live is None else self.kv[..., :live, :], self.length - 1

@@ -34,7 +34,7 @@ from huggingface_hub.utils import tqdm
 from torch import Tensor
 
 from model import ModelArgs, Transformer, kv_cache_shape, load_model, read_json, write_cache
-from speculator import MLPSpeculator, SpeculatorArgs, load_speculator
+from speculator import LEAST, MLPSpeculator, SpeculatorArgs, load_speculator
 from tokenizer import Tokenizer, load_tokenizer
 
 # --- requests ----------------------------------------------------------------------------------
@@ -335,7 +335,7 @@ class Engine(nn.Module):
             self.compiled_step = torch.compile(
                 self.decode_step, mode="reduce-overhead", fullgraph=True
             )
-        self.kernels = None
+        self.kernels, self.draft_kernels = None, None
         if compiled and weight.is_cuda:
             import gpu_kernels  # Triton is there only where torch has a GPU
 
@@ -343,6 +343,8 @@ class Engine(nn.Module):
             gpu_kernels.counters(weight.device)  # would else lie in the first graph's memory
             if self.k:
                 gpu_kernels.replace_linears(speculator, eight_bit_draft)
+                if self.draft_ranks is None and isinstance(speculator, MLPSpeculator):
+                    self.draft_kernels = gpu_kernels
         self.busy = False  # a decode loop is running
         self.ahead = int(weight.is_cuda)  # launches queued behind the one whose result is read
         self.packets: list[Packet] = []  # free pinned buffers
@@ -363,7 +365,7 @@ class Engine(nn.Module):
             candidates, parent = self.draft_tree(last[:, 0], root, noisy)
             ancestors, depth = lineage(parent, self.k)
         elif self.k:
-            candidates = torch.cat((last, self.draft(last[:, 0], root, noisy)), dim=1)  # [B N]
+            candidates = self.draft(last[:, 0], root, noisy)  # [B N]
         positions = root[:, None] + depth  # [B N]
         hidden, new_kv = self.verify(candidates, positions, kv, root, ancestors)
         sampled = self.choose(self.logits(hidden), positions + 1, None, noisy, filtered, self.ranks)
@@ -396,15 +398,19 @@ class Engine(nn.Module):
         return self.kernels.few_rows(hidden, self.model.output.weight, torch.float32)
 
     def draft(self, last: Tensor, root: Tensor, noisy: bool) -> Tensor:
-        """Draft tokens [B, k], chosen with the noise that the target will meet at their positions:
-        the two then agree far more often than independent draws would."""
+        """The last token and drafts, [B, N], chosen with the noise that the target will meet at
+        their positions: the two then agree far more often than independent draws would."""
 
         def choose(logits: Tensor, position: Tensor, ids: Tensor | None) -> Tensor:
             logits, position = logits[:, None], position[:, None]
             return self.choose(logits, position, ids, noisy, False, self.draft_ranks)[:, 0]
 
-        drafts = self.speculator.draft(self.hidden, last, root, self.k, choose)
-        return drafts if self.ranks is None else self.ranks.same(drafts)
+        if self.draft_kernels is not None:  # a chain is a tree of one branch
+            tokens, _ = self.small_tree(last, root, noisy, (1,) * self.k, self.k + 1)
+        else:
+            drafts = self.speculator.draft(self.hidden, last, root, self.k, choose)
+            tokens = torch.cat((last[:, None], drafts), dim=1)
+        return tokens if self.ranks is None else self.ranks.same(tokens)
 
     def draft_tree(self, last: Tensor, root: Tensor, noisy: bool) -> tuple[Tensor, Tensor]:
         """Tokens and parents [B, N] of a tree of drafts, chosen with the same noise."""
@@ -413,11 +419,19 @@ class Engine(nn.Module):
             logits = logits if self.draft_ranks is None else self.draft_ranks.gather(logits)
             return self.scores(logits, position[:, None], ids, None) if noisy else logits
 
-        top = None if self.kernels is None else self.kernels.top_children
-        tree = self.speculator.draft_tree(
-            self.hidden, last, root, self.top_k_tokens_per_head, self.tree, score, top
-        )
+        shape = self.top_k_tokens_per_head, self.tree
+        if self.draft_kernels is not None:
+            tree = self.small_tree(last, root, noisy, *shape)
+        else:
+            top = None if self.kernels is None else self.kernels.top_children
+            tree = self.speculator.draft_tree(self.hidden, last, root, *shape, score, top)
         return tree if self.ranks is None else self.ranks.same(torch.stack(tree)).unbind()
+
+    def small_tree(self, last: Tensor, root: Tensor, noisy: bool, top_k, nodes: int):
+        """A tree of this shape, all of whose work is small kernels."""
+        settings = (self.temperature, self.seed) if noisy else ()
+        state = self.speculator, self.hidden, last, root
+        return self.draft_kernels.draft_tree(*state, top_k, nodes, LEAST, *settings)
 
     def scores(self, logits: Tensor, position: Tensor, ids: Tensor | None, ranks) -> Tensor:
         """Logits [B, n, V] of the tokens `ids` [V], or of all, plus the noise of their absolute

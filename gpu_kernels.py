@@ -829,7 +829,7 @@ def _best(
         gdc_wait()
     known = (i >= least) & (i < n)
     column = tl.load(columns + b * n + i, mask=known, other=0)
-    parent = tl.load(parents + b * n + i, mask=known, other=0)
+    parent = tl.load(parents + b * n + i, mask=known, other=0).to(tl.int32)
     score = tl.zeros([BLOCK], dtype=tl.float32)
     parent_score = tl.zeros([BLOCK], dtype=tl.float32)
     if scores is not None:
@@ -852,11 +852,11 @@ def _best(
         if ids is not None:
             column = tl.load(ids + column)
         column = tl.where(i == 0, tl.load(token + b), column)
-        parent = parent_place.to(tl.int64)
+        parent = parent_place
     else:
         tl.store(out_scores + to, score, mask=kept)
     tl.store(out_columns + to, column, mask=kept)
-    tl.store(out_parents + to, parent, mask=kept)
+    tl.store(out_parents + to, parent.to(tl.int64), mask=kept)
 
 
 def best(
@@ -866,9 +866,9 @@ def best(
     """Launch `_best` on nodes [B, n]; out are views of rows that are as long as each other."""
     B, n = columns.shape
     pdl = {"launch_pdl": True} if columns.is_cuda else {}
-    _best[(B, triton.cdiv(n, 64))](
+    _best[(B, triton.cdiv(n, 32))](
         scores, columns, parents, token, ids, *out, n, keep, out[1].stride(0),
-        BLOCK=64, PDL=columns.is_cuda, **pdl,
+        BLOCK=32, PDL=columns.is_cuda, **pdl,
     )  # fmt: skip
 
 
