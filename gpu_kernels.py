@@ -806,6 +806,23 @@ def _state(
     tl.store(out + m * W + w, x.to(out.dtype.element_ty), mask=inside)
 
 
+def next_state(
+    y: Tensor, token: Tensor, emb: Tensor, weight: Tensor, bias: Tensor, token_scale: float,
+    dtype: torch.dtype, *, M: int, n=1, hidden=None, emb_row=None, parent=None, stride=1, old_n=1,
+    first=0,
+) -> Tensor:  # fmt: skip
+    """out [M, W] of `_state`, M = B * n."""
+    W, D = y.shape[1], hidden.shape[1] if hidden is not None else 1
+    out = y.new_empty(M, W, dtype=dtype)
+    pdl = {"launch_pdl": True} if y.is_cuda else {}
+    _state[(M,)](
+        y, hidden, token, emb_row, parent, emb, weight, bias, out, token_scale, n, stride, old_n,
+        first, D, W=W, WIDTH=triton.next_power_of_2(W), IN_WIDTH=triton.next_power_of_2(D),
+        num_warps=8, PDL=y.is_cuda, **pdl,
+    )  # fmt: skip
+    return out
+
+
 @triton.jit
 def _before(other, j, score, i):
     """How many of the nodes j go before each node i: higher scores first, then lower numbers."""
@@ -894,42 +911,37 @@ def draft(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Tokens and parents [B, nodes] of speculator.py's `draft_tree` from hidden [B, D], token and
     position [B], with noise of temperature and seed [B] if given."""
-    B, W, cuda = len(token), emb[0].shape[1], hidden.is_cuda
-    (children, counts), ints = widths(top_k, nodes), {"dtype": torch.int64, "device": token.device}
-    n, chain = sum(counts), max(top_k) == 1
+    B, (children, counts) = len(token), widths(top_k, nodes)
+    n, last, ints = sum(counts), len(head) - 1, {"dtype": torch.int64, "device": token.device}
     columns, parents = torch.empty(2, B, n, **ints)
-    scores = None if chain else torch.empty(B, n, dtype=torch.float32, device=token.device)
-    options = {"W": W, "WIDTH": triton.next_power_of_2(W), "num_warps": 8, "PDL": cuda}
-    options |= {"IN_WIDTH": triton.next_power_of_2(hidden.shape[1])}
-    options |= {"launch_pdl": True} if cuda else {}
-    above, chosen, up = None, token, None  # scores, tokens and parents of the nodes at a depth,
-    state, first, old = hidden, 0, 0  # which begin here, those above it there
+    scores = None if max(top_k) == 1 else hidden.new_empty(B, n, dtype=torch.float32)
+    noise = {"ids": ids, "position": position, "temperature": temperature, "seed": seed}
+    # Of the nodes at a depth, which begin at `first` (those above them at `old`).
+    above, first, old, state = None, 0, 0, hidden
+    from_root = {"token": token, "emb_row": emb_row, "hidden": hidden if scale_input else None}
     for i, k in enumerate(children):
-        C, shared = counts[i], min(i, len(head) - 1)
-        y = few_rows(state, proj[min(i, len(proj) - 1)], torch.float32)
-        state = hidden.new_empty(B * C, W)
-        _state[(B * C,)](
-            y, hidden if scale_input and i == 0 else None, chosen, None if i else emb_row, up,
-            emb[shared], norm[shared], bias[shared], state, token_scale, C, n if i else 1,
-            counts[max(i - 1, 0)], old, hidden.shape[1], **options,
+        C, shared, after = counts[i], min(i, last), first + counts[i]
+        y = few_rows(state, proj[min(i, len(proj) - 1)], torch.float32)  # [B * C above, W]
+        source = {"token": columns[:, first:], "parent": parents[:, first:], "first": old}
+        source |= {"stride": n, "old_n": counts[i - 1]}
+        state = next_state(
+            y, emb=emb[shared], weight=norm[shared], bias=bias[shared], token_scale=token_scale,
+            dtype=hidden.dtype, M=B * C, n=C, **(source if i else from_root),
         )  # fmt: skip
         scale = row_scale[shared] if row_scale else None
         logits = few_rows(state, head[shared], torch.float32, scale)  # [B * C, V]
-        after = first + C
         kept = [None if x is None else x[:, after:] for x in (scores, columns, parents)]
-        cut = C * k > counts[i + 1]
-        found = kept
+        found, stride, cut = kept, n, C * k > counts[i + 1]
         if cut:
-            found = [None if x is None else x.new_empty(B, C * k) for x in kept]
+            stride = C * k
+            found = [None if x is None else x.new_empty(B, stride) for x in kept]
         top(
-            logits, k, least, found[1], found[0], found[2], n=C, stride=C * k if cut else n,
-            above=above, old_stride=n, first=first, ids=ids, position=position,
-            temperature=temperature, seed=seed, ahead=i + 1,
+            logits, k, least, found[1], found[0], found[2], n=C, stride=stride, above=above,
+            old_stride=n, first=first, ahead=i + 1, **noise,
         )  # fmt: skip
         if cut:
             best(*found, counts[i + 1], kept)
-        above, chosen, up = kept
-        first, old = after, first
+        above, first, old = kept[0], after, first
     tokens, kept = (torch.empty(B, min(nodes, n), **ints) for _ in range(2))
     best(scores, columns, parents, min(nodes, n), (None, tokens, kept), token, ids)
     return tokens, kept
