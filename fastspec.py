@@ -252,9 +252,13 @@ def count_emitted(
         draft        7  8  9        accepted = 2: 7 and 8 are what the target chose
         sampled   7  8  5  4        emitted  = 3: 7, 8 and the target's own 5
     """
-    accepted = (draft == sampled[:, :-1]).long().cumprod(1).sum(1)
-    is_stop = (sampled[:, :, None] == stop_ids[:, None]).any(-1)  # [B N]
-    before_stop = (is_stop.long().cumsum(1) == 0).sum(1)
+    N = sampled.shape[1]
+    node = torch.arange(N, device=sampled.device)
+    # By minima, because scans are kernels of their own.
+    wrong = nn.functional.pad(draft, (0, 1), value=-1) != sampled  # [B N], the last one always
+    accepted = torch.where(wrong, node, N).amin(1)
+    is_stop = sampled[:, :, None] == stop_ids[:, None]
+    before_stop = torch.where(is_stop, node[:, None], N).flatten(1).amin(1)
     emitted = torch.minimum(torch.minimum(accepted, before_stop) + 1, room)
     return emitted, torch.minimum(accepted, emitted), before_stop < emitted
 
