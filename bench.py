@@ -234,7 +234,7 @@ class BenchEngine(Engine):
         last = self.tokens.gather(1, root[:, None])
         if self.tree:
             candidates, parent = self.draft_tree(last[:, 0], root, noisy)
-            return candidates, *fastspec.lineage(parent, self.k)
+            return candidates, *self.lineage(parent)
         return self.draft(last[:, 0], root, noisy), self.ancestors, self.depth
 
     def verify_alone(self, candidates, ancestors, depth, live: int | None, *needs: bool):

@@ -367,7 +367,7 @@ class Engine(nn.Module):
         candidates, ancestors, depth = last, self.ancestors, self.depth
         if self.tree:
             candidates, parent = self.draft_tree(last[:, 0], root, noisy)
-            ancestors, depth = lineage(parent, self.k)
+            ancestors, depth = self.lineage(parent)
         elif self.k:
             candidates = self.draft(last[:, 0], root, noisy)  # [B N]
         positions = root[:, None] + depth  # [B N]
@@ -375,7 +375,8 @@ class Engine(nn.Module):
         sampled = self.choose(self.logits(hidden), positions + 1, None, noisy, filtered, self.ranks)
         drafted = candidates[:, 1:]
         if self.tree:  # from here on the accepted path is a chain like any other
-            path = accepted_path(candidates, sampled, parent, ancestors, depth, self.depth)
+            walk = accepted_path if self.kernels is None else self.kernels.accepted_path
+            path = walk(candidates, sampled, parent, ancestors, depth, self.depth)  # [B P]
             sampled, hidden = sampled.gather(1, path), hidden.take_along_dim(path[..., None], 1)
             new_kv = new_kv.take_along_dim(path[None, None, :, None, :, None], 4)  # [L 2 B K P E]
             drafted = torch.where(path[:, 1:] > 0, sampled[:, :-1], -1)
@@ -436,6 +437,11 @@ class Engine(nn.Module):
         settings = (self.temperature, self.seed) if noisy else ()
         state = self.speculator, self.hidden, last, root
         return self.draft_kernels.draft_tree(*state, top_k, nodes, LEAST, *settings)
+
+    def lineage(self, parent: Tensor) -> tuple[Tensor, Tensor]:
+        """Ancestors [B, N, N] and depths [B, N] of a tree's nodes."""
+        find = lineage if self.kernels is None else self.kernels.lineage
+        return find(parent, self.k)
 
     def scores(self, logits: Tensor, position: Tensor, ids: Tensor | None, ranks) -> Tensor:
         """Logits [B, n, V] of the tokens `ids` [V], or of all, plus the noise of their absolute

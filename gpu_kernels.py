@@ -967,3 +967,88 @@ def draft_tree(
         speculator.draft_ids, speculator.emb_row, speculator.token_scale,
         speculator.args.scale_input, top_k, nodes, least,
     )  # fmt: skip
+
+
+@triton.jit
+def _lineage(
+    parents, ancestors, depths, N, DEEPEST: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr
+):
+    """`lineage` of one row."""
+    b, n = tl.program_id(0), tl.arange(0, WIDTH)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    above, seen = n, n[:, None] == n[None, :]
+    for _ in tl.static_range(DEEPEST):
+        above = tl.load(parents + b * N + above, mask=n < N, other=0).to(tl.int32)
+        seen |= above[:, None] == n[None, :]
+    inside = (n < N)[:, None] & (n < N)[None, :]
+    tl.store(ancestors + (b * N + n[:, None]) * N + n[None, :], seen, mask=inside)
+    depth = tl.sum(seen.to(tl.int32), axis=1) - 1
+    tl.store(depths + b * N + n, depth.to(tl.int64), mask=n < N)
+
+
+@torch.library.custom_op("fastspec::lineage", mutates_args=())
+def lineage(parent: Tensor, deepest: int) -> tuple[Tensor, Tensor]:
+    """fastspec.py's: ancestors bool [B, N, N] and depths [B, N] of a tree's nodes."""
+    B, N = parent.shape
+    ancestors = parent.new_empty(B, N, N, dtype=torch.bool)
+    depth = torch.empty_like(parent)
+    pdl = {"launch_pdl": True} if parent.is_cuda else {}
+    _lineage[(B,)](
+        parent, ancestors, depth, N, DEEPEST=deepest, WIDTH=triton.next_power_of_2(N),
+        PDL=parent.is_cuda, **pdl,
+    )  # fmt: skip
+    return ancestors, depth
+
+
+@lineage.register_fake
+def _(parent, deepest):
+    ancestors = parent.new_empty(*parent.shape, parent.shape[1], dtype=torch.bool)
+    return ancestors, torch.empty_like(parent)
+
+
+@triton.jit
+def _accepted_path(
+    candidates, sampled, parents, ancestors, depth, depths, path, N, P,
+    WIDTH: tl.constexpr, DEPTHS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """`accepted_path` of one row."""
+    b, n, p = tl.program_id(0), tl.arange(0, WIDTH), tl.arange(0, DEPTHS)
+    known = n < N
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    parent = tl.load(parents + b * N + n, mask=known, other=0)
+    token = tl.load(candidates + b * N + n, mask=known, other=0)
+    chosen = tl.load(sampled + b * N + parent, mask=known, other=0)
+    inside = known[:, None] & known[None, :]
+    above = tl.load(ancestors + (b * N + n[:, None]) * N + n[None, :], mask=inside, other=0) != 0
+    wrong = (token != chosen) & (n > 0)
+    right = tl.max((above & wrong[None, :]).to(tl.int32), axis=1) == 0
+    at = tl.load(depth + b * N + n, mask=known, other=-1)
+    wanted = tl.load(depths + p, mask=p < P, other=-2)
+    here = right[None, :] & (at[None, :] == wanted[:, None])
+    node = tl.min(tl.where(here, n[None, :], WIDTH), axis=1)
+    tl.store(path + b * P + p, tl.where(node < WIDTH, node, 0).to(tl.int64), mask=p < P)
+
+
+@torch.library.custom_op("fastspec::accepted_path", mutates_args=())
+def accepted_path(
+    candidates: Tensor, sampled: Tensor, parent: Tensor, ancestors: Tensor, depth: Tensor,
+    depths: Tensor,
+) -> Tensor:  # fmt: skip
+    """fastspec.py's: the accepted node at each of `depths` [P], or 0; [B, P]."""
+    (B, N), P, cuda = parent.shape, len(depths), parent.is_cuda
+    path = parent.new_empty(B, P)
+    pdl = {"launch_pdl": True} if cuda else {}
+    _accepted_path[(B,)](
+        candidates, sampled, parent, ancestors, depth, depths, path, N, P,
+        WIDTH=triton.next_power_of_2(N), DEPTHS=triton.next_power_of_2(P), PDL=cuda, **pdl,
+    )  # fmt: skip
+    return path
+
+
+@accepted_path.register_fake
+def _(candidates, sampled, parent, ancestors, depth, depths):
+    return parent.new_empty(len(parent), len(depths))

@@ -8,6 +8,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from fastspec import Engine, kept_tokens, noise
+from fastspec import accepted_path as plain_accepted_path
+from fastspec import lineage as plain_lineage
 from model import ModelArgs, Transformer, kv_cache_shape, plain_attention
 from speculator import LEAST, MLPSpeculator, SpeculatorArgs
 from speculator import top_children as plain_top_children
@@ -16,6 +18,7 @@ pytest.importorskip("triton", reason="there is no triton for this platform")
 from gpu_kernels import (
     BLOCK,
     SPLIT,
+    accepted_path,
     best,
     cached_attention,
     choose,
@@ -23,6 +26,7 @@ from gpu_kernels import (
     draft_tree,
     fits,
     forward,
+    lineage,
     next_state,
     replace_linears,
     small,
@@ -353,3 +357,28 @@ def test_an_engine_drafts_the_same_with_kernels(tree, noisy):
             result = run(last, root, noisy)
         results.append(torch.stack(result) if tree else result)
     assert torch.equal(*results)
+
+
+@pytest.mark.parametrize(("N", "deepest"), [(2, 1), (16, 4), (41, 6)])
+def test_lineage_and_accepted_path_equal_plain(N, deepest):
+    """Random trees, no deeper than they may be; a node's siblings have other tokens than it. Often
+    the target chooses a child."""
+    torch.manual_seed(0)
+    B = 8
+    parent, depth = torch.zeros(B, N, dtype=torch.int64), torch.zeros(B, N, dtype=torch.int64)
+    for n in range(1, N):
+        likely = (depth[:, :n] < deepest) * torch.arange(1.0, n + 1)
+        parent[:, n] = likely.multinomial(1)[:, 0]
+        depth[:, n] = depth.gather(1, parent)[:, n] + 1
+    tokens = torch.arange(N).expand(B, -1).contiguous()
+    chosen = (torch.rand(B, N, N) * (parent[:, None] == torch.arange(N)[:, None])).argmax(-1)
+    chosen[torch.rand(B, N) < 0.2] = 0
+    parent, depth, tokens, chosen = (x.to(DEVICE) for x in (parent, depth, tokens, chosen))
+    ours = lineage(parent, deepest)
+    for x, plain in zip(ours, plain_lineage(parent, deepest), strict=True):
+        assert torch.equal(x, plain)
+    assert torch.equal(ours[1], depth)
+    inputs = tokens, chosen, parent, *ours, torch.arange(deepest + 1, device=DEVICE)
+    path = accepted_path(*inputs)
+    assert torch.equal(path, plain_accepted_path(*inputs))
+    assert (path > 0).any() and (path[:, 1:] == 0).any()
