@@ -481,12 +481,16 @@ class Engine(nn.Module):
         where = self.length[:, None] + self.depth
         last = (emitted - 1).clamp(min=0)[:, None, None].expand(-1, 1, hidden.shape[-1])
         chosen = hidden.gather(1, last)[:, 0]  # [B D], the state that chose the last token
-        header = torch.stack((self.request, emitted, accepted, done.long()), dim=1)
-        self.tokens.scatter_(1, where, sampled)  # beyond the new length: dead
+        rows = torch.arange(len(where), device=where.device)[:, None]
+        result = nn.functional.pad(sampled, (HEADER, 0))
+        column = torch.arange(result.shape[1], device=where.device)
+        for i, part in enumerate((self.request, emitted, accepted, done)):  # cat: a kernel each
+            result = torch.where(column == i, part[:, None], result)
+        self.tokens[rows, where] = sampled  # beyond the new length: dead. scatter_ copies it all
         self.hidden.copy_(torch.where(emitted[:, None] > 0, chosen, self.hidden))
         self.length.add_(emitted)
         self.done.copy_(done)
-        self.result.copy_(torch.cat((header, sampled), dim=1))
+        self.result.copy_(result)
 
     # what the host calls
 
