@@ -737,9 +737,10 @@ def top(
 ) -> None:  # fmt: skip
     """Launch `_top` on float32 logits [M, V], M = B * n."""
     M, V = logits.shape
-    blocks, width = triton.cdiv(V, BLOCK), triton.next_power_of_2(k)
+    block = BLOCK if M * V > 128 * BLOCK else BLOCK // 4  # else much of the GPU would be idle
+    blocks, width = triton.cdiv(V, block), triton.next_power_of_2(k)
     part = logits.new_empty(M, blocks, 2 * width + 2)
-    options = {"BLOCK": BLOCK, "BLOCKS": triton.next_power_of_2(blocks), "PDL": logits.is_cuda}
+    options = {"BLOCK": block, "BLOCKS": triton.next_power_of_2(blocks), "PDL": logits.is_cuda}
     options |= {"launch_pdl": True} if logits.is_cuda else {}
     _top[(M, blocks)](
         logits, ids, temperature, seed, position, above, part, columns, scores, parents,
