@@ -10,6 +10,7 @@ each kernel is shaped to keep the bus busy:
 - RMS norm costs no kernel: the producer of x also writes x * weight and the sums of x^2 by tile,
   and the next product scales its result by rsqrt(mean(x^2) + eps). SiLU, bias and the residual
   are applied where the result is written.
+- A draft is one operation, so that none of the compiler's kernels come between its own.
 - Each kernel may start while the one before drains (programmatic dependent launch), and then
   waits for its data.
 
@@ -767,8 +768,9 @@ def _(scores, k, least):
 
 
 # --- the draft ---------------------------------------------------------------------------------
-# `draft_tree` of speculator.py, and of a chain `draft`, in four kernels a head. A head's product
-# with `proj` is of the states before their children are chosen: `_state` then picks the parent's.
+# `draft_tree` of speculator.py in four kernels a head: `proj`, `_state`, `head` and `_top`; at the
+# end, and where a depth has too many nodes, `_best`. `proj` multiplies the states of the parents,
+# from which each child then takes its own. A drafted column is its token's row of emb.
 
 
 @triton.jit(do_not_specialize=["n", "stride", "old_n", "first", "D"])
@@ -777,9 +779,9 @@ def _state(
     first, D, W: tl.constexpr, WIDTH: tl.constexpr, IN_WIDTH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out [B * n, W] = gelu(rms(x) * weight + bias), x = y of the parent + token_scale * emb of
-    the token. y float32 [B * old_n, W]; tokens and parents (None: y of the same row) begin `first`
-    in rows of `stride`. Not None: emb_row takes a token to its row of emb; y is of a hidden
-    [B, D] that has yet to be normed."""
+    the token. y is float32 [B * old_n, W], tokens and parents lie in rows of `stride`, and parents
+    (None: y of the same row) are counted from `first`. Not None: emb_row takes a token to its row
+    of emb; y is of a hidden [B, D] that has yet to be normed."""
     m = tl.program_id(0)
     b, c, w = m // n, m % n, tl.arange(0, WIDTH)
     inside = w < W

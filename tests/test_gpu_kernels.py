@@ -261,8 +261,9 @@ def test_best_nodes_keep_their_order_among_equals(n, keep):
     assert all(torch.equal(ours, plain) for ours, plain in zip(out, expected, strict=True))
 
 
-def speculators(V=120, D=48, W=64, n=3, **options):
-    """One with random weights, also of its norms; and its copy for small products."""
+def speculators(V=120, D=48, W=64, n=3, eight_bit=False, **options):
+    """One with random weights, also of its norms; and its copy for small products. In 8 bits both
+    have these, so that they hold the same."""
     torch.manual_seed(0)
     plain = MLPSpeculator(SpeculatorArgs(D, W, n, V, **options)).requires_grad_(False).to(DEVICE)
     for norm in plain.ln:
@@ -270,7 +271,8 @@ def speculators(V=120, D=48, W=64, n=3, **options):
     if drafted := options.get("draft_vocab_size"):
         plain.set_draft_ids(torch.randperm(V)[:drafted].sort().values.to(DEVICE))
     small = deepcopy(plain)
-    replace_linears(small, False)
+    for model in (plain, small) if eight_bit else (small,):
+        replace_linears(model, eight_bit)
     return plain, small
 
 
@@ -279,6 +281,7 @@ def speculators(V=120, D=48, W=64, n=3, **options):
     ("options", "shapes"),
     [
         ({"tie_weights": True, "scale_input": True, "draft_vocab_size": 70}, [((4, 3, 2), 16)]),
+        ({"tie_weights": True, "eight_bit": True}, [((4, 2), 9)]),
         ({"scale_input": True}, [((1, 1, 1), 4), ((6, 5, 4), 9)]),  # the last: levels are cut
         ({"draft_vocab_size": 70}, [((1, 1), 3), ((4, 3, 2), 41), ((1, 12, 1), 11)]),
         ({"tie_weights": True, "V": BLOCK + 70, "W": 20}, [((1, 1, 1), 4), ((3, 2), 7)]),
