@@ -35,7 +35,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from model import ModelArgs, Transformer, kv_cache_shape, load_model, read_json, write_cache
-from speculator import MLPSpeculator, SpeculatorArgs, load_speculator
+from speculator import LEAST, MLPSpeculator, SpeculatorArgs, load_speculator
 from tokenizer import Tokenizer, load_tokenizer
 
 # --- requests ----------------------------------------------------------------------------------
@@ -255,9 +255,13 @@ def count_emitted(
         draft        7  8  9        accepted = 2: 7 and 8 are what the target chose
         sampled   7  8  5  4        emitted  = 3: 7, 8 and the target's own 5
     """
-    accepted = (draft == sampled[:, :-1]).long().cumprod(1).sum(1)
-    is_stop = (sampled[:, :, None] == stop_ids[:, None]).any(-1)  # [B N]
-    before_stop = (is_stop.long().cumsum(1) == 0).sum(1)
+    N = sampled.shape[1]
+    node = torch.arange(N, device=sampled.device)
+    # By minima, because scans are kernels of their own.
+    wrong = nn.functional.pad(draft, (0, 1), value=-1) != sampled  # [B N], the last one always
+    accepted = torch.where(wrong, node, N).amin(1)
+    is_stop = sampled[:, :, None] == stop_ids[:, None]
+    before_stop = torch.where(is_stop, node[:, None], N).flatten(1).amin(1)
     emitted = torch.minimum(torch.minimum(accepted, before_stop) + 1, room)
     return emitted, torch.minimum(accepted, emitted), before_stop < emitted
 
@@ -338,7 +342,7 @@ class Engine(nn.Module):
             self.compiled_step = torch.compile(
                 self.decode_step, mode="reduce-overhead", fullgraph=True
             )
-        self.kernels = None
+        self.kernels, self.draft_kernels = None, None
         if compiled and weight.is_cuda:
             import gpu_kernels  # Triton is there only where torch has a GPU
 
@@ -346,6 +350,8 @@ class Engine(nn.Module):
             gpu_kernels.counters(weight.device)  # would else lie in the first graph's memory
             if self.k:
                 gpu_kernels.replace_linears(speculator, eight_bit_draft)
+                if self.draft_ranks is None and isinstance(speculator, MLPSpeculator):
+                    self.draft_kernels = gpu_kernels
         self.busy = False  # a decode loop is running
         self.ahead = int(weight.is_cuda)  # launches queued behind the one whose result is read
         self.packets: list[Packet] = []  # free pinned buffers
@@ -360,14 +366,15 @@ class Engine(nn.Module):
         noise, one without filters no filtering."""
         kv = self.kv if live is None else self.kv[..., :live, :]
         root = self.length - 1  # [B], the slot and position of the last token
-        last = self.tokens.gather(1, root[:, None])  # [B 1]
-        candidates, parent, ancestors, depth = self.candidates(last[:, 0], root, noisy)
+        last = self.tokens.gather(1, root[:, None])[:, 0]  # [B]
+        candidates, parent, ancestors, depth = self.candidates(last, root, noisy)
         positions = root[:, None] + depth  # [B N]
         hidden, new_kv = self.verify(candidates, positions, kv, root, ancestors)
         sampled = self.choose(self.logits(hidden), positions + 1, None, noisy, filtered, self.ranks)
         drafted = candidates[:, 1:]
         if self.tree:  # from here on the accepted path is a chain like any other
-            path = accepted_path(candidates, sampled, parent, ancestors, depth, self.depth)
+            walk = accepted_path if self.kernels is None else self.kernels.accepted_path
+            path = walk(candidates, sampled, parent, ancestors, depth, self.depth)  # [B P]
             sampled, hidden = sampled.gather(1, path), hidden.take_along_dim(path[..., None], 1)
             new_kv = new_kv.take_along_dim(path[None, None, :, None, :, None], 4)  # [L 2 B K P E]
             drafted = torch.where(path[:, 1:] > 0, sampled[:, :-1], -1)
@@ -379,14 +386,12 @@ class Engine(nn.Module):
         self.commit(emitted, stopped, sampled, hidden, accepted)
 
     def candidates(self, last: Tensor, root: Tensor, noisy: bool) -> tuple[Tensor, ...]:
-        """The last tokens [B] with drafts after them, [B, N]; their parents (None in a chain),
-        which of them is whose ancestor, and their depths."""
+        """The last tokens [B] and drafts after them, [B, N]; their parents (None in a chain), which
+        of them is whose ancestor, and their depths."""
         if self.tree:
             tokens, parent = self.draft_tree(last, root, noisy)
-            return tokens, parent, *lineage(parent, self.k)
-        tokens = last[:, None]
-        if self.k:
-            tokens = torch.cat((tokens, self.draft(last, root, noisy)), dim=1)
+            return tokens, parent, *self.lineage(parent)
+        tokens = self.draft(last, root, noisy) if self.k else last[:, None]
         N = tokens.shape[1]
         return tokens, None, self.ancestors[:N, :N], self.depth[:N]
 
@@ -407,9 +412,9 @@ class Engine(nn.Module):
         return self.kernels.few_rows(hidden, self.model.output.weight, torch.float32)
 
     def draft(self, last: Tensor, root: Tensor, noisy: bool) -> Tensor:
-        """Draft tokens [B, k], chosen with the noise that the target will meet at their positions:
-        the two then agree far more often than independent draws would. On a CPU, where each row
-        of a verification costs, only as many as are likely enough in some row."""
+        """The last token and drafts, [B, N], chosen with the noise that the target will meet at
+        their positions: the two then agree far more often than independent draws would. On a CPU,
+        where each row of a verification costs, only as many as are likely enough in some row."""
         all_of_them = self.compiled or self.ranks is not None or last.is_cuda
         joint = torch.zeros(len(last), device=last.device)  # log-probability of the drafts so far
 
@@ -423,8 +428,12 @@ class Engine(nn.Module):
             likely = (joint > math.log(LIKELY)) & ~self.done
             return column if likely.any() else None
 
-        drafts = self.speculator.draft(self.hidden, last, root, self.k, choose)
-        return drafts if self.ranks is None else self.ranks.same(drafts)
+        if self.draft_kernels is not None:  # a chain is a tree of one branch
+            tokens, _ = self.small_tree(last, root, noisy, (1,) * self.k, self.k + 1)
+        else:
+            drafts = self.speculator.draft(self.hidden, last, root, self.k, choose)
+            tokens = torch.cat((last[:, None], drafts), dim=1)
+        return tokens if self.ranks is None else self.ranks.same(tokens)
 
     def draft_tree(self, last: Tensor, root: Tensor, noisy: bool) -> tuple[Tensor, Tensor]:
         """Tokens and parents [B, N] of a tree of drafts, chosen with the same noise."""
@@ -433,11 +442,24 @@ class Engine(nn.Module):
             logits = logits if self.draft_ranks is None else self.draft_ranks.gather(logits)
             return self.scores(logits, position[:, None], ids, None) if noisy else logits
 
-        top = None if self.kernels is None else self.kernels.top_children
-        tree = self.speculator.draft_tree(
-            self.hidden, last, root, self.top_k_tokens_per_head, self.tree, score, top
-        )
+        shape = self.top_k_tokens_per_head, self.tree
+        if self.draft_kernels is not None:
+            tree = self.small_tree(last, root, noisy, *shape)
+        else:
+            top = None if self.kernels is None else self.kernels.top_children
+            tree = self.speculator.draft_tree(self.hidden, last, root, *shape, score, top)
         return tree if self.ranks is None else self.ranks.same(torch.stack(tree)).unbind()
+
+    def small_tree(self, last: Tensor, root: Tensor, noisy: bool, top_k, nodes: int):
+        """A tree of this shape, all of whose work is small kernels."""
+        settings = (self.temperature, self.seed) if noisy else ()
+        state = self.speculator, self.hidden, last, root
+        return self.draft_kernels.draft_tree(*state, top_k, nodes, LEAST, *settings)
+
+    def lineage(self, parent: Tensor) -> tuple[Tensor, Tensor]:
+        """Ancestors [B, N, N] and depths [B, N] of a tree's nodes."""
+        find = lineage if self.kernels is None else self.kernels.lineage
+        return find(parent, self.k)
 
     def scores(self, logits: Tensor, position: Tensor, ids: Tensor | None, ranks) -> Tensor:
         """Logits [B, n, V] of the tokens `ids` [V], or of all, plus the noise of their absolute
@@ -477,12 +499,16 @@ class Engine(nn.Module):
         where = self.length[:, None] + self.depth[:n]
         last = (emitted - 1).clamp(min=0)[:, None, None].expand(-1, 1, hidden.shape[-1])
         chosen = hidden.gather(1, last)[:, 0]  # [B D], the state that chose the last token
-        header = torch.stack((self.request, emitted, accepted, done.long()), dim=1)
-        self.tokens.scatter_(1, where, sampled)  # beyond the new length: dead
+        rows = torch.arange(len(where), device=where.device)[:, None]
+        result = nn.functional.pad(sampled, (HEADER, 0))
+        column = torch.arange(result.shape[1], device=where.device)
+        for i, part in enumerate((self.request, emitted, accepted, done)):  # cat: a kernel each
+            result = torch.where(column == i, part[:, None], result)
+        self.tokens[rows, where] = sampled  # beyond the new length: dead. scatter_ copies it all
         self.hidden.copy_(torch.where(emitted[:, None] > 0, chosen, self.hidden))
         self.length.add_(emitted)
         self.done.copy_(done)
-        self.result[:, : HEADER + n].copy_(torch.cat((header, sampled), dim=1))
+        self.result[:, : HEADER + n].copy_(result)
 
     # what the host calls
 

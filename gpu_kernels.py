@@ -10,6 +10,7 @@ each kernel is shaped to keep the bus busy:
 - RMS norm costs no kernel: the producer of x also writes x * weight and the sums of x^2 by tile,
   and the next product scales its result by rsqrt(mean(x^2) + eps). SiLU, bias and the residual
   are applied where the result is written.
+- A draft is one operation, so that none of the compiler's kernels come between its own.
 - Each kernel may start while the one before drains (programmatic dependent launch), and then
   waits for its data.
 
@@ -21,6 +22,7 @@ V vocabulary.
 """
 
 import functools
+from collections.abc import Sequence
 
 import torch
 import torch.nn as nn
@@ -671,24 +673,35 @@ def _(logits, *_):
     return logits.new_empty(logits.shape[:2], dtype=torch.int64)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "stride", "old_stride", "first", "ahead"])
 def _top(
-    scores, part, columns, gains, count, V, blocks, least,
+    logits, ids, temperature, seed, position, above, part, columns, scores, parents, count,
+    V, blocks, least, n, stride, old_stride, first, ahead,
     k: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """The k highest scores of a row, by blocks; the last block to finish compares all."""
+    """The k highest of a row of logits plus noise, by blocks; the last block to finish compares
+    all. Row c of n in b writes k children to columns, to scores (their log-softmax, added to what
+    `above` has of c) and to parents (first + c), rows of `stride`."""
     row, block = tl.program_id(0), tl.program_id(1)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    v, b, j = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, BLOCKS), tl.arange(0, WIDTH)
-    x = tl.load(scores + row.to(tl.int64) * V + v, mask=v < V, other=float("-inf"))
+    v, j, t = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, WIDTH), tl.arange(0, BLOCKS)
+    b, c = row // n, row % n
+    x = tl.load(logits + row.to(tl.int64) * V + v, mask=v < V, other=float("-inf"))
+    if temperature is not None:
+        token = v
+        if ids is not None:
+            token = tl.load(ids + v, mask=v < V, other=0)
+        noise = _noise(tl.load(seed + b), tl.load(position + b) + ahead, token)
+        x += tl.load(temperature + b) * noise
     size: tl.constexpr = 2 * WIDTH + 2  # values, columns, maximum, sum of exponentials
     here = part + (row * blocks + block) * size
-    most = tl.max(x, axis=0)
-    tl.store(here + 2 * WIDTH, most)
-    tl.store(here + 2 * WIDTH + 1, tl.sum(tl.exp(x - most), axis=0))
+    if scores is not None:
+        most = tl.max(x, axis=0)
+        tl.store(here + 2 * WIDTH, most)
+        tl.store(here + 2 * WIDTH + 1, tl.sum(tl.exp(x - most), axis=0))
     for i in tl.static_range(WIDTH):
         value = tl.max(x, axis=0)
         where = tl.min(tl.where(x == value, v, V), axis=0)
@@ -697,41 +710,62 @@ def _top(
         x = tl.where(v == where, float("-inf"), x)
     tl.debug_barrier()
     if tl.atomic_add(count + row, 1, sem="acq_rel") == blocks - 1:
-        at = part + (row * blocks + b) * size
-        known = b < blocks
-        tops = tl.load(at + 2 * WIDTH, mask=known, other=float("-inf"), cache_modifier=".cg")
-        sums = tl.load(at + 2 * WIDTH + 1, mask=known, other=0.0, cache_modifier=".cg")
-        top = tl.max(tops, axis=0)
-        total = top + tl.log(tl.sum(sums * tl.exp(tops - top), axis=0))
+        at = part + (row * blocks + t) * size
+        known = t < blocks
+        if scores is not None:
+            tops = tl.load(at + 2 * WIDTH, mask=known, other=float("-inf"), cache_modifier=".cg")
+            sums = tl.load(at + 2 * WIDTH + 1, mask=known, other=0.0, cache_modifier=".cg")
+            top = tl.max(tops, axis=0)
+            total = top + tl.log(tl.sum(sums * tl.exp(tops - top), axis=0))
+            start = 0.0
+            if above is not None:
+                start = tl.load(above + b * old_stride + c)
         at = at[:, None] + j[None, :]
         values = tl.load(at, mask=known[:, None], other=float("-inf"), cache_modifier=".cg")
         places = tl.load(at + WIDTH, mask=known[:, None], other=0.0, cache_modifier=".cg")
         places = places.to(tl.int32, bitcast=True)
+        child = b * stride + c * k
         for i in tl.static_range(k):
             highest = tl.max(tl.max(values, axis=1), axis=0)
             place = tl.min(tl.min(tl.where(values == highest, places, V), axis=1), axis=0)
-            gain = highest - total
-            tl.store(columns + row * k + i, tl.minimum(place, V - 1).to(tl.int64))
-            tl.store(gains + row * k + i, tl.minimum(tl.where(gain > least, gain, least), 0.0))
+            tl.store(columns + child + i, tl.minimum(place, V - 1).to(tl.int64))
+            if scores is not None:
+                gain = highest - total
+                gain = tl.minimum(tl.where(gain > least, gain, least), 0.0)
+                tl.store(scores + child + i, start + gain)
+            if parents is not None:
+                tl.store(parents + child + i, (first + c).to(tl.int64))
             values = tl.where(places == place, float("-inf"), values)
         tl.store(count + row, 0)
+
+
+def top(
+    logits: Tensor, k: int, least: float, columns, scores=None, parents=None, *, n: int,
+    stride: int, above=None, old_stride=0, first=0, ids=None, position=None, temperature=None,
+    seed=None, ahead=0,
+) -> None:  # fmt: skip
+    """Launch `_top` on float32 logits [M, V], M = B * n."""
+    M, V = logits.shape
+    block = BLOCK if M * V > 128 * BLOCK else BLOCK // 4  # else much of the GPU would be idle
+    blocks, width = triton.cdiv(V, block), triton.next_power_of_2(k)
+    part = logits.new_empty(M, blocks, 2 * width + 2)
+    options = {"BLOCK": block, "BLOCKS": triton.next_power_of_2(blocks), "PDL": logits.is_cuda}
+    options |= {"launch_pdl": True} if logits.is_cuda else {}
+    _top[(M, blocks)](
+        logits, ids, temperature, seed, position, above, part, columns, scores, parents,
+        counters(logits.device), V, blocks, least, n, stride, old_stride, first, ahead,
+        k=k, WIDTH=width, **options,
+    )  # fmt: skip
 
 
 @torch.library.custom_op("fastspec::top_children", mutates_args=())
 def top_children(scores: Tensor, k: int, least: float) -> tuple[Tensor, Tensor]:
     """speculator.py's `top_children` of scores float32 [B, C, V]: columns and log-softmax
     [B, C, k]."""
-    B, C, V = scores.shape
-    blocks, width = triton.cdiv(V, BLOCK), triton.next_power_of_2(k)
-    part = scores.new_empty(B * C, blocks, 2 * width + 2)
+    B, C, _ = scores.shape
     columns = torch.empty(B, C, k, dtype=torch.int64, device=scores.device)
     gains = scores.new_empty(B, C, k)
-    options = {"BLOCK": BLOCK, "BLOCKS": triton.next_power_of_2(blocks), "PDL": scores.is_cuda}
-    options |= {"launch_pdl": True} if scores.is_cuda else {}
-    _top[(B * C, blocks)](
-        scores.contiguous(), part, columns, gains, counters(scores.device), V, blocks, least,
-        k=k, WIDTH=width, **options,
-    )  # fmt: skip
+    top(scores.contiguous().flatten(0, 1), k, least, columns, gains, n=C, stride=C * k)
     return columns, gains
 
 
@@ -739,3 +773,293 @@ def top_children(scores: Tensor, k: int, least: float) -> tuple[Tensor, Tensor]:
 def _(scores, k, least):
     columns = scores.new_empty(*scores.shape[:2], k, dtype=torch.int64)
     return columns, scores.new_empty(*scores.shape[:2], k)
+
+
+# --- the draft ---------------------------------------------------------------------------------
+# `draft_tree` of speculator.py in four kernels a head: `proj`, `_state`, `head` and `_top`; at the
+# end, and where a depth has too many nodes, `_best`. `proj` multiplies the states of the parents,
+# from which each child then takes its own. A drafted column is its token's row of emb.
+
+
+@triton.jit(do_not_specialize=["n", "stride", "old_n", "first", "D"])
+def _state(
+    y, hidden, token, emb_row, parent, emb, weight, bias, out, token_scale, n, stride, old_n,
+    first, D, W: tl.constexpr, WIDTH: tl.constexpr, IN_WIDTH: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """out [B * n, W] = gelu(rms(x) * weight + bias), x = y of the parent + token_scale * emb of
+    the token. y is float32 [B * old_n, W], tokens and parents lie in rows of `stride`, and parents
+    (None: y of the same row) are counted from `first`. Not None: emb_row takes a token to its row
+    of emb; y is of a hidden [B, D] that has yet to be normed."""
+    m = tl.program_id(0)
+    b, c, w = m // n, m % n, tl.arange(0, WIDTH)
+    inside = w < W
+    if PDL:
+        gdc_launch_dependents()
+    scale = tl.load(weight + w, mask=inside, other=0.0).to(tl.float32)
+    shift = tl.load(bias + w, mask=inside, other=0.0).to(tl.float32)
+    if PDL:
+        gdc_wait()
+    row = tl.load(token + b * stride + c).to(tl.int64)
+    if emb_row is not None:
+        row = tl.load(emb_row + row)
+    old = m
+    if parent is not None:
+        old = b * old_n + (tl.load(parent + b * stride + c) - first).to(tl.int32)
+    z = tl.load(emb + row * W + w, mask=inside, other=0.0).to(tl.float32)
+    x = tl.load(y + old * W + w, mask=inside, other=0.0)
+    if hidden is not None:
+        d = tl.arange(0, IN_WIDTH)
+        h = tl.load(hidden + m * D + d, mask=d < D, other=0.0).to(tl.float32)
+        x *= tl.rsqrt(tl.sum(h * h, axis=0) / D + 1e-6) * 0.7071067811865476
+    x += token_scale * z
+    x = x * tl.rsqrt(tl.sum(x * x, axis=0) / W + 1e-6) * scale + shift
+    x = 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
+    tl.store(out + m * W + w, x.to(out.dtype.element_ty), mask=inside)
+
+
+def next_state(
+    y: Tensor, token: Tensor, emb: Tensor, weight: Tensor, bias: Tensor, token_scale: float,
+    dtype: torch.dtype, *, M: int, n=1, hidden=None, emb_row=None, parent=None, stride=1, old_n=1,
+    first=0,
+) -> Tensor:  # fmt: skip
+    """out [M, W] of `_state`, M = B * n."""
+    W, D = y.shape[1], hidden.shape[1] if hidden is not None else 1
+    out = y.new_empty(M, W, dtype=dtype)
+    pdl = {"launch_pdl": True} if y.is_cuda else {}
+    _state[(M,)](
+        y, hidden, token, emb_row, parent, emb, weight, bias, out, token_scale, n, stride, old_n,
+        first, D, W=W, WIDTH=triton.next_power_of_2(W), IN_WIDTH=triton.next_power_of_2(D),
+        num_warps=8, PDL=y.is_cuda, **pdl,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _before(other, j, score, i):
+    """How many of the nodes j go before each node i: higher scores first, then lower numbers."""
+    other, j, score, i = other[None, :], j[None, :], score[:, None], i[:, None]
+    return tl.sum(((other > score) | ((other == score) & (j < i))).to(tl.int32), axis=1)
+
+
+@triton.jit(do_not_specialize=["n", "keep", "out_stride"])
+def _best(
+    scores, columns, parents, token, ids, out_scores, out_columns, out_parents, n, keep, out_stride,
+    BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """The `keep` nodes of the highest of scores [B, n], in order. With out_scores as they are;
+    without, they are the whole tree: node 0 is `token`, columns become tokens through `ids`, and
+    parents the places that these got. Scores None: all equal."""
+    b, i = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    whole: tl.constexpr = out_scores is None
+    least = 1 if whole else 0  # the root is not stored: its score and parent are 0
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    known = (i >= least) & (i < n)
+    column = tl.load(columns + b * n + i, mask=known, other=0)
+    parent = tl.load(parents + b * n + i, mask=known, other=0).to(tl.int32)
+    score = tl.zeros([BLOCK], dtype=tl.float32)
+    parent_score = tl.zeros([BLOCK], dtype=tl.float32)
+    if scores is not None:
+        score = tl.load(scores + b * n + i, mask=known, other=0.0)
+        if whole:
+            parent_score = tl.load(scores + b * n + parent, mask=parent > 0, other=0.0)
+    place = tl.zeros([BLOCK], dtype=tl.int32)
+    parent_place = tl.zeros([BLOCK], dtype=tl.int32)
+    for start in range(0, n, BLOCK):
+        j = start + tl.arange(0, BLOCK)
+        other = tl.zeros([BLOCK], dtype=tl.float32)
+        if scores is not None:
+            other = tl.load(scores + b * n + j, mask=(j >= least) & (j < n), other=0.0)
+        other = tl.where(j < n, other, float("-inf"))
+        place += _before(other, j, score, i)
+        if whole:
+            parent_place += _before(other, j, parent_score, parent)
+    to, kept = b * out_stride + place, (i < n) & (place < keep)
+    if whole:
+        if ids is not None:
+            column = tl.load(ids + column)
+        column = tl.where(i == 0, tl.load(token + b), column)
+        parent = parent_place
+    else:
+        tl.store(out_scores + to, score, mask=kept)
+    tl.store(out_columns + to, column, mask=kept)
+    tl.store(out_parents + to, parent.to(tl.int64), mask=kept)
+
+
+def best(
+    scores: Tensor | None, columns: Tensor, parents: Tensor, keep: int,
+    out: tuple[Tensor | None, Tensor, Tensor], token=None, ids=None,
+) -> None:  # fmt: skip
+    """Launch `_best` on nodes [B, n]; out are views of rows that are as long as each other."""
+    B, n = columns.shape
+    pdl = {"launch_pdl": True} if columns.is_cuda else {}
+    _best[(B, triton.cdiv(n, 32))](
+        scores, columns, parents, token, ids, *out, n, keep, out[1].stride(0),
+        BLOCK=32, PDL=columns.is_cuda, **pdl,
+    )  # fmt: skip
+
+
+def widths(top_k: Sequence[int], nodes: int) -> tuple[list[int], list[int]]:
+    """How many children each node gets, by depth, and how many nodes then go on: at most as many
+    as the tree can hold there. Those of the last depth all do."""
+    children, counts = [], [1]
+    for i, k in enumerate(top_k):
+        most = nodes - 1 - i  # the tree has i nodes between, where it is so deep
+        children.append(min(k, most))
+        width = counts[-1] * children[-1]
+        counts.append(width if i == len(top_k) - 1 else min(width, most))
+    return children, counts
+
+
+@torch.library.custom_op("fastspec::draft", mutates_args=())
+def draft(
+    hidden: Tensor, token: Tensor, position: Tensor, temperature: Tensor | None,
+    seed: Tensor | None, proj: Sequence[Tensor], emb: Sequence[Tensor], norm: Sequence[Tensor],
+    bias: Sequence[Tensor], head: Sequence[Tensor], row_scale: Sequence[Tensor],
+    ids: Tensor | None, emb_row: Tensor | None, token_scale: float, scale_input: bool,
+    top_k: Sequence[int], nodes: int, least: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Tokens and parents [B, nodes] of speculator.py's `draft_tree` from hidden [B, D], token and
+    position [B], with noise of temperature and seed [B] if given."""
+    B, (children, counts) = len(token), widths(top_k, nodes)
+    n, last, ints = sum(counts), len(head) - 1, {"dtype": torch.int64, "device": token.device}
+    columns, parents = torch.empty(2, B, n, **ints)
+    scores = None if max(top_k) == 1 else hidden.new_empty(B, n, dtype=torch.float32)
+    noise = {"ids": ids, "position": position, "temperature": temperature, "seed": seed}
+    # Of the nodes at a depth, which begin at `first` (those above them at `old`).
+    above, first, old, state = None, 0, 0, hidden
+    from_root = {"token": token, "emb_row": emb_row, "hidden": hidden if scale_input else None}
+    for i, k in enumerate(children):
+        C, shared, after = counts[i], min(i, last), first + counts[i]
+        y = few_rows(state, proj[min(i, len(proj) - 1)], torch.float32)  # [B * C above, W]
+        source = {"token": columns[:, first:], "parent": parents[:, first:], "first": old}
+        source |= {"stride": n, "old_n": counts[i - 1]}
+        state = next_state(
+            y, emb=emb[shared], weight=norm[shared], bias=bias[shared], token_scale=token_scale,
+            dtype=hidden.dtype, M=B * C, n=C, **(source if i else from_root),
+        )  # fmt: skip
+        scale = row_scale[shared] if row_scale else None
+        logits = few_rows(state, head[shared], torch.float32, scale)  # [B * C, V]
+        kept = [None if x is None else x[:, after:] for x in (scores, columns, parents)]
+        found, stride, cut = kept, n, C * k > counts[i + 1]
+        if cut:
+            stride = C * k
+            found = [None if x is None else x.new_empty(B, stride) for x in kept]
+        top(
+            logits, k, least, found[1], found[0], found[2], n=C, stride=stride, above=above,
+            old_stride=n, first=first, ahead=i + 1, **noise,
+        )  # fmt: skip
+        if cut:
+            best(*found, counts[i + 1], kept)
+        above, first, old = kept[0], after, first
+    tokens, kept = (torch.empty(B, min(nodes, n), **ints) for _ in range(2))
+    best(scores, columns, parents, min(nodes, n), (None, tokens, kept), token, ids)
+    return tokens, kept
+
+
+@draft.register_fake
+def _(hidden, token, *args):
+    *_, top_k, nodes, _ = args
+    shape = len(token), min(nodes, sum(widths(top_k, nodes)[1]))
+    return token.new_empty(shape), token.new_empty(shape)
+
+
+def draft_tree(
+    speculator: nn.Module, hidden: Tensor, token: Tensor, position: Tensor, top_k: Sequence[int],
+    nodes: int, least: float, temperature: Tensor | None = None, seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`draft_tree` of a speculator whose linears are replaced."""
+    scales = [head.row_scale for head in speculator.head if head.row_scale is not None]
+    weights = [[m.weight for m in ms] for ms in (speculator.proj, speculator.emb, speculator.ln)]
+    biases, heads = [m.bias for m in speculator.ln], [m.weight for m in speculator.head]
+    return draft(
+        hidden, token, position, temperature, seed, *weights, biases, heads, scales,
+        speculator.draft_ids, speculator.emb_row, speculator.token_scale,
+        speculator.args.scale_input, top_k, nodes, least,
+    )  # fmt: skip
+
+
+@triton.jit
+def _lineage(
+    parents, ancestors, depths, N, DEEPEST: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr
+):
+    """`lineage` of one row."""
+    b, n = tl.program_id(0), tl.arange(0, WIDTH)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    above, seen = n, n[:, None] == n[None, :]
+    for _ in tl.static_range(DEEPEST):
+        above = tl.load(parents + b * N + above, mask=n < N, other=0).to(tl.int32)
+        seen |= above[:, None] == n[None, :]
+    inside = (n < N)[:, None] & (n < N)[None, :]
+    tl.store(ancestors + (b * N + n[:, None]) * N + n[None, :], seen, mask=inside)
+    depth = tl.sum(seen.to(tl.int32), axis=1) - 1
+    tl.store(depths + b * N + n, depth.to(tl.int64), mask=n < N)
+
+
+@torch.library.custom_op("fastspec::lineage", mutates_args=())
+def lineage(parent: Tensor, deepest: int) -> tuple[Tensor, Tensor]:
+    """fastspec.py's: ancestors bool [B, N, N] and depths [B, N] of a tree's nodes."""
+    B, N = parent.shape
+    ancestors = parent.new_empty(B, N, N, dtype=torch.bool)
+    depth = torch.empty_like(parent)
+    pdl = {"launch_pdl": True} if parent.is_cuda else {}
+    _lineage[(B,)](
+        parent, ancestors, depth, N, DEEPEST=deepest, WIDTH=triton.next_power_of_2(N),
+        PDL=parent.is_cuda, **pdl,
+    )  # fmt: skip
+    return ancestors, depth
+
+
+@lineage.register_fake
+def _(parent, deepest):
+    ancestors = parent.new_empty(*parent.shape, parent.shape[1], dtype=torch.bool)
+    return ancestors, torch.empty_like(parent)
+
+
+@triton.jit
+def _accepted_path(
+    candidates, sampled, parents, ancestors, depth, depths, path, N, P,
+    WIDTH: tl.constexpr, DEPTHS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """`accepted_path` of one row."""
+    b, n, p = tl.program_id(0), tl.arange(0, WIDTH), tl.arange(0, DEPTHS)
+    known = n < N
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    parent = tl.load(parents + b * N + n, mask=known, other=0)
+    token = tl.load(candidates + b * N + n, mask=known, other=0)
+    chosen = tl.load(sampled + b * N + parent, mask=known, other=0)
+    inside = known[:, None] & known[None, :]
+    above = tl.load(ancestors + (b * N + n[:, None]) * N + n[None, :], mask=inside, other=0) != 0
+    wrong = (token != chosen) & (n > 0)
+    right = tl.max((above & wrong[None, :]).to(tl.int32), axis=1) == 0
+    at = tl.load(depth + b * N + n, mask=known, other=-1)
+    wanted = tl.load(depths + p, mask=p < P, other=-2)
+    here = right[None, :] & (at[None, :] == wanted[:, None])
+    node = tl.min(tl.where(here, n[None, :], WIDTH), axis=1)
+    tl.store(path + b * P + p, tl.where(node < WIDTH, node, 0).to(tl.int64), mask=p < P)
+
+
+@torch.library.custom_op("fastspec::accepted_path", mutates_args=())
+def accepted_path(
+    candidates: Tensor, sampled: Tensor, parent: Tensor, ancestors: Tensor, depth: Tensor,
+    depths: Tensor,
+) -> Tensor:  # fmt: skip
+    """fastspec.py's: the accepted node at each of `depths` [P], or 0; [B, P]."""
+    (B, N), P, cuda = parent.shape, len(depths), parent.is_cuda
+    path = parent.new_empty(B, P)
+    pdl = {"launch_pdl": True} if cuda else {}
+    _accepted_path[(B,)](
+        candidates, sampled, parent, ancestors, depth, depths, path, N, P,
+        WIDTH=triton.next_power_of_2(N), DEPTHS=triton.next_power_of_2(P), PDL=cuda, **pdl,
+    )  # fmt: skip
+    return path
+
+
+@accepted_path.register_fake
+def _(candidates, sampled, parent, ancestors, depth, depths):
+    return parent.new_empty(len(parent), len(depths))

@@ -1,11 +1,15 @@
 """The Triton kernels against their plain equivalents: on a GPU, else in Triton's interpreter."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from fastspec import kept_tokens, noise
+from fastspec import Engine, kept_tokens, noise
+from fastspec import accepted_path as plain_accepted_path
+from fastspec import lineage as plain_lineage
 from model import ModelArgs, Transformer, kv_cache_shape, plain_attention
 from speculator import LEAST, MLPSpeculator, SpeculatorArgs
 from speculator import top_children as plain_top_children
@@ -15,11 +19,16 @@ import gpu_kernels
 from gpu_kernels import (
     BLOCK,
     SPLIT,
+    accepted_path,
+    best,
     cached_attention,
     choose,
     counters,
+    draft_tree,
     fits,
     forward,
+    lineage,
+    next_state,
     replace_linears,
     small,
     top_children,
@@ -248,3 +257,162 @@ def test_top_children_equal_plain(k):
     expected, plain_gains = plain_top_children(scores, k)
     assert torch.equal(columns, expected)
     torch.testing.assert_close(gains, plain_gains, rtol=1e-5, atol=1e-5)
+
+
+def plain_best(scores, columns, parents, keep, token=None, ids=None):
+    """By a stable sort, as in speculator.py's `draft_tree`."""
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    kept = order[:, :keep]
+    if token is None:
+        return tuple(x.gather(1, kept) for x in (scores, columns, parents))
+    tokens = torch.cat((token[:, None], ids[columns][:, 1:]), dim=1)
+    return tokens.gather(1, kept), order.argsort(dim=1).gather(1, parents.gather(1, kept))
+
+
+@pytest.mark.parametrize(("n", "keep"), [(2, 1), (40, 33), (150, 63)])
+def test_best_nodes_keep_their_order_among_equals(n, keep):
+    """Rounded scores: many are equal. More nodes than a program compares at once."""
+    torch.manual_seed(0)
+    B = 3
+    scores = -random(B, n).abs().round(decimals=1)
+    columns = torch.randint(0, 20, (B, n), device=DEVICE)
+    parents = (torch.rand(B, n, device=DEVICE) * torch.arange(n, device=DEVICE)).long()
+    out = [x.new_full((B, keep + 5), -1) for x in (scores, columns, parents)]
+    best(scores, columns, parents, keep, [x[:, 2:] for x in out])
+    for ours, plain in zip(out, plain_best(scores, columns, parents, keep), strict=True):
+        assert torch.equal(ours[:, 2:-3], plain)
+        assert (ours[:, :2] == -1).all() and (ours[:, -3:] == -1).all()
+    ids, token = torch.arange(20, device=DEVICE) * 7, torch.tensor([5, 0, 9], device=DEVICE)
+    out = [x.new_empty(B, keep) for x in (columns, parents)]
+    scores[:, 0], parents[:, 0] = 0, 0  # as the root's, which is not read
+    expected = plain_best(scores, columns, parents, keep, token, ids)
+    for x in (scores, columns, parents):
+        x[:, 0] = 10**6
+    best(scores, columns, parents, keep, (None, *out), token, ids)
+    assert all(torch.equal(ours, plain) for ours, plain in zip(out, expected, strict=True))
+
+
+def speculators(V=120, D=48, W=64, n=3, eight_bit=False, **options):
+    """One with random weights, also of its norms; and its copy for small products. In 8 bits both
+    have these, so that they hold the same."""
+    torch.manual_seed(0)
+    plain = MLPSpeculator(SpeculatorArgs(D, W, n, V, **options)).requires_grad_(False).to(DEVICE)
+    for norm in plain.ln:
+        nn.init.normal_(norm.weight, mean=1.0), nn.init.normal_(norm.bias, std=0.5)
+    if drafted := options.get("draft_vocab_size"):
+        plain.set_draft_ids(torch.randperm(V)[:drafted].sort().values.to(DEVICE))
+    small = deepcopy(plain)
+    for model in (plain, small) if eight_bit else (small,):
+        replace_linears(model, eight_bit)
+    return plain, small
+
+
+@pytest.mark.parametrize("noisy", [False, True])
+@pytest.mark.parametrize(
+    ("options", "shapes"),
+    [
+        ({"tie_weights": True, "scale_input": True, "draft_vocab_size": 70}, [((4, 3, 2), 16)]),
+        ({"tie_weights": True, "eight_bit": True}, [((4, 2), 9)]),
+        ({"scale_input": True}, [((1, 1, 1), 4), ((6, 5, 4), 9)]),  # the last: levels are cut
+        ({"draft_vocab_size": 70}, [((1, 1), 3), ((4, 3, 2), 41), ((1, 12, 1), 11)]),
+        ({"tie_weights": True, "V": BLOCK + 70, "W": 20}, [((1, 1, 1), 4), ((3, 2), 7)]),
+    ],
+)
+def test_a_draft_equals_the_plain_one(options, shapes, noisy):
+    """Token for token. float32 in another order: about 1e-6, and no two scores are so close."""
+    plain, small = speculators(**options)
+    hidden, position = random(3, 48), torch.tensor([9, 100, 4000], device=DEVICE)
+    token = torch.tensor([3, 77, 110], device=DEVICE)
+    T = torch.tensor([0.8, 0.0, 2.0], device=DEVICE) * noisy
+    seed = torch.tensor([5, 2**61 + 3, 7], device=DEVICE)
+
+    def score(logits, position, ids):
+        ids = torch.arange(logits.shape[-1], device=DEVICE) if ids is None else ids
+        return logits + T[:, None, None] * noise(seed, position[:, None], ids)
+
+    for top_k, nodes in shapes:
+        expected = plain.draft_tree(hidden, token, position, top_k, nodes, score)
+        settings = (T, seed) if noisy else ()
+        tree = draft_tree(small, hidden, token, position, top_k, nodes, LEAST, *settings)
+        assert all(torch.equal(ours, x) for ours, x in zip(tree, expected, strict=True))
+    assert not counters(hidden.device).any()
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-3])
+@pytest.mark.parametrize("scale_input", [False, True])
+def test_states_equal_plain(scale_input, scale):
+    """Small ones too, where 1e-6 beside the mean square is seen. float32 in another order, as
+    above; GELU by tanh instead of erf would be 1e-4 away."""
+    plain, _ = speculators(scale_input=scale_input)
+    for table in (*plain.emb, *plain.proj[scale_input:]):
+        table.weight.data *= scale
+    hidden, token = random(2, 48) * scale, torch.tensor([3, 110], device=DEVICE)
+    state, _ = plain.step(0, plain.start(hidden), token)
+    sizes = plain.token_scale, torch.float32
+    weights = [
+        (e.weight, norm.weight, norm.bias) for e, norm in zip(plain.emb, plain.ln, strict=True)
+    ]
+    scaled = hidden if scale_input else None
+    y = F.linear(hidden, plain.proj[0].weight)
+    ours = next_state(y, token, *weights[0], *sizes, M=2, hidden=scaled)
+    torch.testing.assert_close(ours, state, rtol=1e-5, atol=1e-6)
+    tokens = torch.tensor([[1, 5, 7, 50], [5, 2, 3, 119]], device=DEVICE)
+    parent = torch.tensor([[1, 0, 1, 0]] * 2, device=DEVICE)  # of two states per row
+    states = random(2, 2, 64) * scale
+    y = F.linear(states, plain.proj[1].weight).flatten(0, 1)
+    tree = {"M": 6, "n": 3, "stride": 4, "old_n": 2, "first": 10}
+    ours = next_state(y, tokens, *weights[1], *sizes, parent=parent + 10, **tree)
+    state, _ = plain.step(1, states.take_along_dim(parent[..., None], 1), tokens)
+    torch.testing.assert_close(ours, state[:, :3].flatten(0, 1), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("tree", [0, 9])
+@pytest.mark.parametrize("noisy", [False, True])
+def test_an_engine_drafts_the_same_with_kernels(tree, noisy):
+    """Traced, as the step is when it is compiled."""
+    import gpu_kernels
+
+    plain, small = speculators(tie_weights=True, scale_input=True, draft_vocab_size=70)
+    target = Transformer(ModelArgs(48, 1, 2, 2, 24, 64, 120)).to(DEVICE)
+    options = {"num_draft_tokens": 3, "batch_size": 2, "max_seq_len": 32}
+    options |= {"tree": tree, "top_k_tokens_per_head": (4, 3, 2)}
+    engines = [Engine(target, speculator, **options) for speculator in (plain, small)]
+    engines[1].kernels = engines[1].draft_kernels = gpu_kernels
+    hidden, last, root = random(2, 48), *torch.tensor([[7, 99], [3, 5]], device=DEVICE)
+    results = []
+    for engine in engines:
+        engine.hidden.copy_(hidden)
+        engine.temperature.fill_(0.8)
+        engine.seed += torch.arange(2, device=DEVICE)
+        run = engine.draft_tree if tree else engine.draft
+        if engine.draft_kernels is not None:
+            run = torch.compile(run, backend="aot_eager", fullgraph=True)
+        with torch.inference_mode():
+            result = run(last, root, noisy)
+        results.append(torch.stack(result) if tree else result)
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize(("N", "deepest"), [(2, 1), (16, 4), (41, 6)])
+def test_lineage_and_accepted_path_equal_plain(N, deepest):
+    """Random trees, no deeper than they may be; a node's siblings have other tokens than it. Often
+    the target chooses a child."""
+    torch.manual_seed(0)
+    B = 8
+    parent, depth = torch.zeros(B, N, dtype=torch.int64), torch.zeros(B, N, dtype=torch.int64)
+    for n in range(1, N):
+        likely = (depth[:, :n] < deepest) * torch.arange(1.0, n + 1)
+        parent[:, n] = likely.multinomial(1)[:, 0]
+        depth[:, n] = depth.gather(1, parent)[:, n] + 1
+    tokens = torch.arange(N).expand(B, -1).contiguous()
+    chosen = (torch.rand(B, N, N) * (parent[:, None] == torch.arange(N)[:, None])).argmax(-1)
+    chosen[torch.rand(B, N) < 0.2] = 0
+    parent, depth, tokens, chosen = (x.to(DEVICE) for x in (parent, depth, tokens, chosen))
+    ours = lineage(parent, deepest)
+    for x, plain in zip(ours, plain_lineage(parent, deepest), strict=True):
+        assert torch.equal(x, plain)
+    assert torch.equal(ours[1], depth)
+    inputs = tokens, chosen, parent, *ours, torch.arange(deepest + 1, device=DEVICE)
+    path = accepted_path(*inputs)
+    assert torch.equal(path, plain_accepted_path(*inputs))
+    assert (path > 0).any() and (path[:, 1:] == 0).any()
