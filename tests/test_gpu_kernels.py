@@ -10,10 +10,13 @@ from model import ModelArgs, Transformer, kv_cache_shape, plain_attention
 from speculator import LEAST, MLPSpeculator, SpeculatorArgs
 from speculator import top_children as plain_top_children
 
-pytest.importorskip("triton", reason="there is no triton for this platform")
+triton = pytest.importorskip("triton", reason="there is no triton for this platform")
 from gpu_kernels import (
     BLOCK,
+    MOST_ROWS,
     SPLIT,
+    TILE,
+    Exchange,
     cached_attention,
     choose,
     counters,
@@ -95,6 +98,41 @@ def test_key_counts_the_same_in_the_cache_and_among_the_own_tokens():
 
 def random(*shape, scale=1.0):
     return torch.randn(shape, device=DEVICE) * scale
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+def test_a_product_adds_up_what_all_ranks_have_of_it(splits):
+    """Three ranks, one after the other: the parts of those that are still to come are put where
+    they would write them. float32 sums in another order; every rank has the same bits."""
+    torch.manual_seed(0)
+    ranks, R, C = 3, 128, 384
+    w, norm, tiles = random(R, C), random(R), R // TILE
+    tile = {"DEEP": 64, "SPLITS": splits, "num_stages": 2, "num_warps": 4}
+    parts = [torch.full((2, ranks, MOST_ROWS * R), -0.0, device=DEVICE) for _ in range(ranks)]
+    peers = torch.tensor([part.data_ptr() for part in parts], device=DEVICE)
+    turns = [torch.zeros(tiles, dtype=torch.int32, device=DEVICE) for _ in range(ranks)]
+    for turn, M in enumerate((2, 20, 1)):
+        x, residual = random(M, C), random(M, R)
+        x[0] = 0.0
+        own = [(a.contiguous(), b.contiguous()) for a, b in zip(*(t.chunk(3, 1) for t in (x, w)))]
+        for rank in range(ranks):
+            for other in range(rank + 1, ranks):
+                rows = max(16, triton.next_power_of_2(M))
+                there = parts[rank][turn % 2, other][: rows * R].view(tiles, rows, TILE)
+                there[:, :M] = small(*own[other], tile=tile)[0].view(M, tiles, TILE).transpose(0, 1)
+                there[:, :M] += 0.0  # no -0.0
+            exchange = Exchange(parts[rank], peers, turns[rank], rank)
+            options = {"residual": residual, "norm": norm, "tile": tile}
+            found = small(*own[rank], exchange=exchange, **options)
+            expected = small(x, w, **options)
+            for ours, plain in zip(found, expected, strict=True):
+                torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4)
+            first = found if rank == 0 else first
+            assert all(map(torch.equal, found, first))
+            rest = parts[rank].view(torch.int32)
+            assert (rest == -(2**31)).all() and (turns[rank] == (turn + 1) % 2).all()
+            for other in range(rank):  # which have had this turn
+                parts[other].fill_(-0.0)
 
 
 @pytest.mark.parametrize("splits", [1, 2])

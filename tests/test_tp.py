@@ -265,7 +265,7 @@ def test_a_part_is_what_torch_says_of_its_placements(root, as_rank, target, size
     stored = {name: t.clone() for name, t in hf_tensors(Transformer(args)).items()}
     for rank in range(size):
         as_rank(rank, size)
-        mesh = tp.new_mesh("cpu", args.n_kv_heads, size)
+        mesh = tp.new_mesh(args.n_kv_heads, size)
         plan = {"mesh": mesh, "plan": tp.TARGET_PLAN, "head_dim": args.head_dim}
         parts = {name: tp.part(name, tensor, **plan) for name, tensor in stored.items()}
         local = Transformer(tp.local_args(args, size))
@@ -298,7 +298,7 @@ def test_a_rank_reads_nothing_of_what_the_others_hold(root, as_rank, target, tmp
     tensors = load_file(tmp_path / "model.safetensors")
     for rank in (0, 1):
         as_rank(rank, 4)
-        mesh = tp.new_mesh("cpu", args.n_kv_heads, 4)
+        mesh = tp.new_mesh(args.n_kv_heads, 4)
         own_part = partial(tp.part, mesh=mesh, plan=tp.TARGET_PLAN, head_dim=args.head_dim)
         kept = {}
         for name, tensor in tensors.items():
