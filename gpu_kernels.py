@@ -60,7 +60,7 @@ exchanges: dict[int, Exchange] = {}  # by R, where ranks share a model and their
 def share(R: int, rank: int, peers: list[int], parts: Tensor) -> None:
     """Let products of R rows, where they are asked to, add up all ranks' parts. For each tile a
     program waits: all of them must find a multiprocessor."""
-    if R // TILE <= torch.cuda.get_device_properties(parts.device).multi_processor_count:
+    if torch.cuda.get_device_properties(parts.device).multi_processor_count >= R // TILE:
         turns = torch.zeros(R // TILE, dtype=torch.int32, device=parts.device)
         exchanges[R] = Exchange(parts, torch.tensor(peers, device=parts.device), turns, rank)
 

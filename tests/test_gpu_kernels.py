@@ -10,7 +10,7 @@ from model import ModelArgs, Transformer, kv_cache_shape, plain_attention
 from speculator import LEAST, MLPSpeculator, SpeculatorArgs
 from speculator import top_children as plain_top_children
 
-triton = pytest.importorskip("triton", reason="there is no triton for this platform")
+pytest.importorskip("triton", reason="there is no triton for this platform")
 from gpu_kernels import (
     BLOCK,
     MOST_ROWS,
@@ -111,13 +111,15 @@ def test_a_product_adds_up_what_all_ranks_have_of_it(splits):
     parts = [torch.full((2, ranks, MOST_ROWS * R), -0.0, device=DEVICE) for _ in range(ranks)]
     peers = torch.tensor([part.data_ptr() for part in parts], device=DEVICE)
     turns = [torch.zeros(tiles, dtype=torch.int32, device=DEVICE) for _ in range(ranks)]
+    of_first = ()
     for turn, M in enumerate((2, 20, 1)):
         x, residual = random(M, C), random(M, R)
         x[0] = 0.0
-        own = [(a.contiguous(), b.contiguous()) for a, b in zip(*(t.chunk(3, 1) for t in (x, w)))]
+        chunks = zip(x.chunk(ranks, 1), w.chunk(ranks, 1), strict=True)
+        own = [(a.contiguous(), b.contiguous()) for a, b in chunks]
         for rank in range(ranks):
             for other in range(rank + 1, ranks):
-                rows = max(16, triton.next_power_of_2(M))
+                rows = max(16, 1 << (M - 1).bit_length())
                 there = parts[rank][turn % 2, other][: rows * R].view(tiles, rows, TILE)
                 there[:, :M] = small(*own[other], tile=tile)[0].view(M, tiles, TILE).transpose(0, 1)
                 there[:, :M] += 0.0  # no -0.0
@@ -127,8 +129,8 @@ def test_a_product_adds_up_what_all_ranks_have_of_it(splits):
             expected = small(x, w, **options)
             for ours, plain in zip(found, expected, strict=True):
                 torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4)
-            first = found if rank == 0 else first
-            assert all(map(torch.equal, found, first))
+            of_first = found if rank == 0 else of_first
+            assert all(map(torch.equal, found, of_first))
             rest = parts[rank].view(torch.int32)
             assert (rest == -(2**31)).all() and (turns[rank] == (turn + 1) % 2).all()
             for other in range(rank):  # which have had this turn
