@@ -294,7 +294,7 @@ class Case(LLM):
         start = time.perf_counter()
         if self.options.shape:
             target = random_weights(Transformer, self.local_args, self)
-            part, args = ranks and ranks.parts(self)[1]["part"], self.speculator_args
+            part, args = ranks and ranks.parts(self)[1].get("part"), self.speculator_args
             speculator = random_weights(MLPSpeculator, args, self, part) if self.k else None
         else:
             target, speculator = super().read_weights(ranks)
@@ -749,4 +749,4 @@ def warm_up(llm: Case, sets: dict[str, list[Request]]) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    fastspec.end(main())

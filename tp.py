@@ -10,6 +10,7 @@ other ranks do the same to theirs.
 Letters in shape comments: B rows, n tokens per row, V vocabulary, R ranks.
 """
 
+import ctypes
 import os
 import pickle
 import signal
@@ -222,9 +223,11 @@ class Ranks:
     """The processes that share a model, seen from one of them."""
 
     def __init__(self, store: dist.Store, rank: int, size: int, workers: Workers | None = None):
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        gpus = torch.cuda.is_available() and size > 1
         options = {"store": store, "rank": rank, "world_size": size, "timeout": NO_TIMEOUT}
-        dist.init_process_group(backend, **options)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", **options)
+        if gpus:  # its end would wait for the CUDA graphs that hold its collectives
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(dist.group.WORLD))
         self.rank, self.size = rank, size
         self.group = dist.group.WORLD.group_name
         # Faster than a broadcast, and rank 0 need not wait for the others. A connection of its
@@ -321,6 +324,8 @@ class Ranks:
 
     def parts(self, llm) -> tuple[dict, dict]:
         """What load_model and load_speculator need to be told of this rank's parts."""
+        if self.size == 1:
+            return {}, {}
         mesh = new_mesh(llm.args.n_kv_heads, self.size)
         target = partial(part, mesh=mesh, plan=TARGET_PLAN, head_dim=llm.args.head_dim)
         draft = partial(part, mesh=mesh, plan=DRAFT_PLAN if llm.draft_parallel_size > 1 else {})
@@ -562,7 +567,7 @@ def follow(ranks: Ranks, build: Callable) -> None:
     except BaseException:
         traceback.print_exc()
         os._exit(1)
-    os._exit(0)  # at once: CUDA graphs that hold collectives make an orderly end hang
+    os._exit(0)
 
 
 def load_part(ranks: Ranks, options: dict, build: Callable):
