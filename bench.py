@@ -603,7 +603,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--split",
         action=flag,
-        help="draft and verify alone, and a trace; unset: if nothing compiles",
+        help="time draft and verify alone, and trace; unset: when eager",
     )
     add("--assume-tokens-per-step", type=float, metavar="X", help="adds a projected speed-up")
     add("--vs", choices=["transformers"], help="also time its generate on the same weights")

@@ -20,7 +20,7 @@ RANKS = [size for size in (2, 4) if size <= max(GPUS, 2)]
 
 def run(command, seconds):
     """Output, errors and exit code; everything it started is killed after so many seconds."""
-    env = os.environ | {"PYTHONPATH": str(ROOT), "PET_STANDALONE": "1"}
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(command, env=env, start_new_session=True, **pipes)
     try:
@@ -34,7 +34,8 @@ def run(command, seconds):
 def group(request):
     """What each rank found; a later part may be missing."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node"]
-    command += [str(request.param), str(Path(__file__).with_name("gpu_tp_cases.py"))]
+    command += [str(request.param), "--master-port", str(20000 + os.getpid() % 20000)]
+    command += [str(Path(__file__).with_name("gpu_tp_cases.py"))]
     out, errors, code = run(command, 240)
     print(errors, code)
     assert out, errors
