@@ -12,7 +12,7 @@ from conftest import Scripted, script_for
 
 import tp
 from fastspec import Engine, Request, SamplingParams, decode_loop
-from model import ModelArgs, Transformer, hf_tensors, rope_frequencies
+from model import ModelArgs, Transformer, hf_tensors, kv_cache_shape, rope_frequencies
 
 CUDA = torch.cuda.is_available()
 ARGS = ModelArgs(256, 4, 8, 2, 64, 512, 4000)
@@ -127,14 +127,16 @@ def same_as_one_gpu(engine, whole, ranks, device):
 
     tokens = torch.tensor(PROMPTS[1:], device=device)
     B, N = tokens.shape
-    kv = [torch.zeros(4, 2, B, k, 80, 64, dtype=torch.bfloat16, device=device) for k in (1, 2)]
-    kv[0] = kv[0].expand(-1, -1, -1, engine.model.args.n_kv_heads, -1, -1).contiguous()
-    rest = torch.arange(N, device=device).expand(B, N), torch.zeros(B, device=device).long()
+    positions, cached = torch.arange(N, device=device)[None], torch.zeros_like(tokens[:, 0])
     chain = torch.ones(N, N, dtype=torch.bool, device=device).tril()
-    args = (rest[0], kv[0], rest[1], chain), (rest[0], kv[1], rest[1], chain)
-    ours, _ = gpu_kernels.forward(engine.model, tokens, *args[0], ranks.sum)
-    plain, _ = gpu_kernels.forward(whole, tokens, *args[1])
-    return float((ours.double() - plain.double()).norm() / plain.double().norm())
+
+    def hidden(model, total):
+        kv = model.norm.weight.new_zeros(kv_cache_shape(model.args, B, 80))
+        args = tokens, positions, kv, cached, chain
+        return gpu_kernels.forward(model, *args, total)[0].double()
+
+    ours, plain = hidden(engine.model, ranks.sum), hidden(whole, None)
+    return float((ours - plain).norm() / plain.norm())
 
 
 @torch.inference_mode()

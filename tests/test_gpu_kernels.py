@@ -1,5 +1,10 @@
 """The Triton kernels against their plain equivalents: on a GPU, else in Triton's interpreter."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn as nn
@@ -161,6 +166,42 @@ def test_small_product_equals_plain(M, R, C, splits):
     out, *_ = small(x, w, bias=bias, squares=squares, eps=1e-5, gated=True, tile=tile)
     torch.testing.assert_close(out, F.silu(gate) * up, **close)
     assert not counters(x.device).any()  # as the next kernel expects
+
+
+RANK = """
+import random, sys, time, torch
+from gpu_kernels import MOST_ROWS, TILE, Exchange, small
+
+torch.set_num_threads(1)
+rank, root, R, C = int(sys.argv[1]), sys.argv[2], 64, 64
+kind = {"shared": True, "size": 2 * 2 * MOST_ROWS * R, "dtype": torch.float32}
+parts = [torch.from_file(f"{root}/{other}", **kind) for other in range(2)]
+peers = torch.tensor([part.data_ptr() for part in parts])
+exchange = Exchange(parts[rank], peers, torch.zeros(R // TILE, dtype=torch.int32), rank)
+tile = {"DEEP": 64, "SPLITS": 1, "num_stages": 2, "num_warps": 4}
+torch.manual_seed(0)
+for M in (1, 5, 5, 20, 2, 1, 17, 3):
+    x, w = torch.randn(M, 2 * C), torch.randn(R, 2 * C)
+    own, rows = (t.chunk(2, 1)[rank].contiguous() for t in (x, w))
+    time.sleep(random.random() / 10)
+    y, *_ = small(own, rows, exchange=exchange, tile=tile)
+    torch.testing.assert_close(y, x @ w.T, rtol=1e-4, atol=1e-4)
+"""
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="tests/test_gpu_tp.py has it on GPUs")
+def test_ranks_wait_for_each_other_in_a_product(tmp_path):
+    """Two processes over shared memory, each late at random. float32 sums in another order."""
+    for rank in range(2):
+        torch.full((4 * MOST_ROWS * 64,), -0.0).numpy().tofile(tmp_path / str(rank))
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    commands = [[sys.executable, "-c", RANK, str(rank), str(tmp_path)] for rank in range(2)]
+    processes = [subprocess.Popen(command, env=env) for command in commands]
+    try:
+        assert [process.wait(60) for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -72,7 +72,7 @@ def test_products_add_up_what_all_ranks_have_of_them(group):
         errors, bits = found["fused"][::2], found["fused"][1::2]
         assert max(errors) < 2**-8
         assert bits == group[0]["fused"][1::2]
-        assert found["error"] < 0.03  # four layers in bfloat16, of which each step rounds
+        assert found["error"] < 0.05  # of four layers whose every result is rounded
 
 
 SNIPPET = """
