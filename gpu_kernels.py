@@ -82,6 +82,7 @@ def _sum_of_ranks(
     acc = tl.where(acc == 0, 0.0, acc)
     for other in tl.static_range(RANKS):
         there = tl.load(peers + other).to(tl.pointer_type(tl.float32))
+        there = tl.multiple_of(there, 16)
         tl.store(there + rank * stride + at, acc, mask=known)
     waits = turn >= 0
     while waits:
