@@ -342,11 +342,12 @@ class Ranks:
     def share_memory(self, engine) -> None:
         """All ranks at once: set up small sums, or say why NCCL takes them, too."""
         kernels, kv, dim = engine.kernels, engine.kv, engine.model.args.dim
-        if self.size == 1 or kernels is None or (kv.dtype, dim) in self.shared:
+        wanted = self.size > 1 and kernels is not None and (FUSED_SUMS or ONE_SHOT_SUMS)
+        if not wanted or (kv.dtype, dim) in self.shared:
             return
         self.shared.add((kv.dtype, dim))
         numbers = 2 * self.size * kernels.MOST_ROWS * dim  # see Exchange
-        sizes = (ONE_SHOT_SUMS // kv.itemsize, kv.dtype), (numbers, torch.float32)
+        sizes = (max(ONE_SHOT_SUMS, 16) // kv.itemsize, kv.dtype), (numbers, torch.float32)
         try:
             with self.together():
                 new = partial(_symmetric_memory.empty, device=kv.device)
@@ -355,7 +356,7 @@ class Ranks:
             with self.together():
                 _, peers = (reachable(memory, self.group) for memory in (one_shot, parts))
                 if kv.dtype != torch.float16:  # which torch's kernel does not take
-                    one_shot_memory[kv.dtype] = one_shot
+                    one_shot_memory.setdefault(kv.dtype, one_shot)
                 if FUSED_SUMS:
                     kernels.share(dim, self.rank, peers, parts)
             with self.together():
