@@ -18,6 +18,7 @@ Reads downward: shapes, ceiling, what a step needs, engines, runs, rows, output,
 import argparse
 import importlib.util
 import json
+import re
 import resource
 import sys
 import tempfile
@@ -257,6 +258,17 @@ class BenchEngine(Engine):
             times.append(1000 * best_seconds(partial(part, *args), self.kv.device, repeats))
         return times
 
+    def trace_steps(self, noisy: bool, filtered: bool) -> dict:
+        """What one step launches, and milliseconds in kernels that do nothing but communicate: not
+        in products that add up the ranks' parts."""
+        with torch.profiler.profile() as trace:
+            for _ in range(5):
+                self.wait(self.step(noisy, filtered))
+        events = trace.key_averages()
+        sums = [e.self_device_time_total for e in events if re.search("nccl|all_reduce", e.key)]
+        launches = {e.key: e.count / 5 for e in events if "Launch" in e.key}
+        return {"comm_ms": sum(sums) / 5000, "launches_per_step": launches}
+
 
 class Case(LLM):
     """An LLM of one batch size with an engine for each mode, all over the same weights."""
@@ -291,7 +303,7 @@ class Case(LLM):
         start = time.perf_counter()
         if self.options.shape:
             target = random_weights(Transformer, self.local_args, self)
-            part, args = ranks and ranks.parts(self)[1]["part"], self.speculator_args
+            part, args = ranks and ranks.parts(self)[1].get("part"), self.speculator_args
             speculator = random_weights(MLPSpeculator, args, self, part) if self.k else None
         else:
             target, speculator = super().read_weights(ranks)
@@ -464,6 +476,9 @@ def measure_rows(llm: Case, requests: list[Request], ceiling: Work, bar) -> list
         if engine.k and (not llm.compiled if options.split is None else options.split):
             llm.engine.use(i)
             rows[-1]["draft_ms"], rows[-1]["verify_ms"] = engine.time_parts(int(live), *needs)
+        if options.split and llm.compiled and i < len(llm.engines):
+            llm.engine.use(i)
+            rows[-1] |= engine.trace_steps(*needs)
     compare(rows, options.shape is not None, options.assume_tokens_per_step)
     return rows
 
@@ -581,7 +596,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--top-p", type=float, default=1.0, help="1, the default, keeps all")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     add("--device", help="unset: cuda if there is one, else cpu")
-    add("--split", action=flag, help="time draft and verify alone; unset: where nothing compiles")
+    add(
+        "--split",
+        action=flag,
+        help="time draft and verify alone, and trace; unset: when eager",
+    )
     add("--assume-tokens-per-step", type=float, metavar="X", help="adds a projected speed-up")
     add("--vs", choices=["transformers"], help="also time its generate on the same weights")
     add("--plot", metavar="FILE.png", help="draw time per step and speed-up against batch")
@@ -746,4 +765,4 @@ def warm_up(llm: Case, sets: dict[str, list[Request]]) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    fastspec.end(main())

@@ -633,7 +633,8 @@ class Engine(nn.Module):
             tokens, (row, last) = self.tokens.new_zeros(1, size), self.tokens.new_zeros(2, 1)
             self.prefill_chunk(tokens, 0, row, no_cache, last)  # warm-up
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            # Not "global": NCCL's watchdog is another thread, and asks for events.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 hidden = self.prefill_chunk(tokens, 0, row, no_cache, last)
             self.prefill_graphs[size] = (graph, tokens, row, last, hidden)
 
@@ -1507,6 +1508,15 @@ def join_torchrun(build: Callable[..., LLM] = LLM):
     return ranks
 
 
+def end(code: int) -> None:
+    """Exit; under torchrun at once, as CUDA graphs that hold collectives may delay it for ever."""
+    if not torch.distributed.is_torchelastic_launched():
+        sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def run(args: argparse.Namespace, ranks=None) -> None:
     params = SamplingParams(
         temperature=args.temperature,
@@ -1849,4 +1859,4 @@ def profiler(file: str | None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main())

@@ -10,6 +10,7 @@ other ranks do the same to theirs.
 Letters in shape comments: B rows, n tokens per row, V vocabulary, R ranks.
 """
 
+import ctypes
 import os
 import pickle
 import signal
@@ -33,6 +34,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed import _symmetric_memory
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
@@ -168,9 +170,43 @@ def join_speculator(speculator: nn.Module, ranks: "Ranks") -> None:
         module.register_forward_hook(lambda module, args, y: ranks.gather(y))
 
 
-def new_mesh(device_type: str, n_kv_heads: int, size: int) -> DeviceMesh:
+def new_mesh(n_kv_heads: int, size: int) -> DeviceMesh:
+    """Says who holds what. Nothing is sent over it, so that its device does not matter."""
     groups = min(n_kv_heads, size)
-    return init_device_mesh(device_type, (groups, size // groups), mesh_dim_names=("kv", "copy"))
+    return init_device_mesh("cpu", (groups, size // groups), mesh_dim_names=("kv", "copy"))
+
+
+# --- sums on GPUs ------------------------------------------------------------------------------
+# Most of what a step sends is sums of a few kilobytes, which take as long as they take to start.
+# Where the GPUs can write into each other's memory a product adds up what all ranks have of it
+# before it ends (gpu_kernels.py), other small sums take one kernel of torch's, and NCCL adds what
+# is larger. Multicast is not used, and a host may fail to set it up.
+
+FUSED_SUMS = True  # within products
+ONE_SHOT_SUMS = 2**18  # bytes up to which torch's kernel adds; 0: never
+one_shot_memory: dict[torch.dtype, Tensor] = {}  # for so many bytes, reached by all ranks
+
+os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
+
+
+@torch.library.custom_op("fastspec::one_shot_sum", mutates_args=())
+def one_shot_sum(x: Tensor, group: str) -> Tensor:
+    """The sum of all ranks' x, added in the same order on each. An operation of its own: the
+    compiler would leave torch's out of the CUDA graph."""
+    memory = one_shot_memory[x.dtype][: x.numel()].view(x.shape)
+    return torch.ops.symm_mem.one_shot_all_reduce_copy(memory, x, "sum", group)
+
+
+@one_shot_sum.register_fake
+def _(x, group):
+    return torch.empty_like(x)
+
+
+def reachable(memory: Tensor, group: str) -> list[int]:
+    """All ranks: addresses of each one's memory of this kind, as this rank sees them."""
+    handle = _symmetric_memory.rendezvous(memory, group)
+    offset = memory.data_ptr() - handle.buffer_ptrs[handle.rank]
+    return [address + offset for address in handle.buffer_ptrs]
 
 
 # --- ranks -------------------------------------------------------------------------------------
@@ -187,9 +223,11 @@ class Ranks:
     """The processes that share a model, seen from one of them."""
 
     def __init__(self, store: dist.Store, rank: int, size: int, workers: Workers | None = None):
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        gpus = torch.cuda.is_available() and size > 1
         options = {"store": store, "rank": rank, "world_size": size, "timeout": NO_TIMEOUT}
-        dist.init_process_group(backend, **options)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", **options)
+        if gpus:  # its end would wait for the CUDA graphs that hold its collectives
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(dist.group.WORLD))
         self.rank, self.size = rank, size
         self.group = dist.group.WORLD.group_name
         # Faster than a broadcast, and rank 0 need not wait for the others. A connection of its
@@ -199,6 +237,7 @@ class Ranks:
         self.workers = workers or {}  # those that this rank 0 has started
         self.ended: str | None = None  # why, once they have
         self.waiting = False  # for the other ranks, perhaps
+        self.shared: set[tuple] = set()  # (dtype, width) for which memory was set up
         if self.workers:
             threading.Thread(target=self.watch, daemon=True).start()
 
@@ -209,6 +248,9 @@ class Ranks:
         return ops.wait_tensor(getattr(ops, name)(x.contiguous(), *args, self.group))
 
     def sum(self, x: Tensor) -> Tensor:
+        small = x.nbytes <= ONE_SHOT_SUMS and x.nbytes % 16 == 0
+        if small and x.dtype in one_shot_memory:
+            return one_shot_sum(x.contiguous(), self.group)
         return self.collective("all_reduce", x, "sum")
 
     def gather(self, x: Tensor) -> Tensor:
@@ -271,6 +313,7 @@ class Ranks:
                 pass  # the others check what they see of the checkpoint
             with self.together():
                 llm.load_weights(self)
+            self.share_memory(llm.engine)
         self.lead(llm.engine)
 
     def lead(self, engine) -> None:
@@ -281,7 +324,9 @@ class Ranks:
 
     def parts(self, llm) -> tuple[dict, dict]:
         """What load_model and load_speculator need to be told of this rank's parts."""
-        mesh = new_mesh(llm.device.type, llm.args.n_kv_heads, self.size)
+        if self.size == 1:
+            return {}, {}
+        mesh = new_mesh(llm.args.n_kv_heads, self.size)
         target = partial(part, mesh=mesh, plan=TARGET_PLAN, head_dim=llm.args.head_dim)
         draft = partial(part, mesh=mesh, plan=DRAFT_PLAN if llm.draft_parallel_size > 1 else {})
         return {"local_args": llm.local_args, "part": target}, {"part": draft}
@@ -293,6 +338,39 @@ class Ranks:
         join_target(engine.model, self)
         if engine.draft_ranks is not None:
             join_speculator(engine.speculator, self)
+
+    def share_memory(self, engine) -> None:
+        """All ranks at once: set up small sums, or say why NCCL takes them, too."""
+        kernels, kv, dim = engine.kernels, engine.kv, engine.model.args.dim
+        wanted = self.size > 1 and kernels is not None and (FUSED_SUMS or ONE_SHOT_SUMS)
+        if not wanted or (kv.dtype, dim) in self.shared:
+            return
+        self.shared.add((kv.dtype, dim))
+        numbers = 2 * self.size * kernels.MOST_ROWS * dim  # see Exchange
+        sizes = (max(ONE_SHOT_SUMS, 16) // kv.itemsize, kv.dtype), (numbers, torch.float32)
+        try:
+            with self.together():
+                new = partial(_symmetric_memory.empty, device=kv.device)
+                one_shot, parts = (new(n, dtype=dtype).fill_(-0.0) for n, dtype in sizes)
+                torch.cuda.synchronize()
+            with self.together():
+                _, peers = (reachable(memory, self.group) for memory in (one_shot, parts))
+                if kv.dtype != torch.float16:  # which torch's kernel does not take
+                    one_shot_memory.setdefault(kv.dtype, one_shot)
+                if FUSED_SUMS:
+                    kernels.share(dim, self.rank, peers, parts)
+            with self.together():
+                ones = torch.ones(2, dim, dtype=kv.dtype, device=kv.device)
+                sums = [self.sum(ones)]
+                if exchange := kernels.exchanges.get(dim):
+                    x, w = ones.new_full((2, 64), 1 / 64), ones.new_ones(dim, 64)
+                    sums.append(kernels.small(x, w, exchange=exchange)[0])
+                if any((found != self.size).any() for found in sums):
+                    raise ValueError("a sum over the GPUs' memory came out wrong")
+        except ValueError as error:
+            one_shot_memory.pop(kv.dtype, None), kernels.exchanges.pop(dim, None)
+            if self.rank == 0:
+                print(f"fastspec: all sums go through NCCL: {error}", file=sys.stderr)
 
     def led(self, method: Callable, name: str | None = None) -> Callable:
         """A method of rank 0's engine, which every rank calls if it has a name."""
@@ -490,7 +568,7 @@ def follow(ranks: Ranks, build: Callable) -> None:
     except BaseException:
         traceback.print_exc()
         os._exit(1)
-    os._exit(0)  # at once: CUDA graphs that hold collectives make an orderly end hang
+    os._exit(0)
 
 
 def load_part(ranks: Ranks, options: dict, build: Callable):
@@ -501,4 +579,5 @@ def load_part(ranks: Ranks, options: dict, build: Callable):
         llm = build(**options, load=False)
     with ranks.together():
         llm.load_weights(ranks)
+    ranks.share_memory(llm.engine)
     return llm

@@ -498,6 +498,7 @@ def test_on_a_gpu(capsys, monkeypatch):
     assert len(rows) == 6 and all(0 < row["peak_gb"] < 8 for row in rows)
     for row in (*rows[1:3], *rows[4:]):
         assert min(row["draft_ms"], row["verify_ms"]) > 0
+    assert all(row["launches_per_step"] == {"cudaGraphLaunch": 1} for row in rows)
 
 
 # ---- several ranks ----

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from tp_cases import SETTINGS, answers, new_llm, two_turns
 
 import tp
-from fastspec import ModelArgs, choose_device, main
+from fastspec import Engine, ModelArgs, choose_device, main
 from model import Transformer, hf_tensors, load_model
 from speculator import MLPSpeculator, SpeculatorArgs
 
@@ -265,7 +266,7 @@ def test_a_part_is_what_torch_says_of_its_placements(root, as_rank, target, size
     stored = {name: t.clone() for name, t in hf_tensors(Transformer(args)).items()}
     for rank in range(size):
         as_rank(rank, size)
-        mesh = tp.new_mesh("cpu", args.n_kv_heads, size)
+        mesh = tp.new_mesh(args.n_kv_heads, size)
         plan = {"mesh": mesh, "plan": tp.TARGET_PLAN, "head_dim": args.head_dim}
         parts = {name: tp.part(name, tensor, **plan) for name, tensor in stored.items()}
         local = Transformer(tp.local_args(args, size))
@@ -298,7 +299,7 @@ def test_a_rank_reads_nothing_of_what_the_others_hold(root, as_rank, target, tmp
     tensors = load_file(tmp_path / "model.safetensors")
     for rank in (0, 1):
         as_rank(rank, 4)
-        mesh = tp.new_mesh("cpu", args.n_kv_heads, 4)
+        mesh = tp.new_mesh(args.n_kv_heads, 4)
         own_part = partial(tp.part, mesh=mesh, plan=tp.TARGET_PLAN, head_dim=args.head_dim)
         kept = {}
         for name, tensor in tensors.items():
@@ -404,3 +405,32 @@ def test_the_step_is_one_graph_that_holds_its_collectives_and_copies_no_weight(r
     ]
     # "float" is of the speculator's norms, [W] each.
     assert readers == {"linear", "embedding", "rms_norm", "float"}
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_on_gpus_leaves_few_sums_to_nccl(as_rank, monkeypatch, fused):
+    """Traced as above, with a GPU's kernels: the embedding's sum is one of torch's kernels, and so
+    are the layers' two, or they are parts of products."""
+    gpu_kernels = pytest.importorskip("gpu_kernels", reason="there is no triton for this platform")
+    ranks, args = as_rank(1, 2), ModelArgs(128, 2, 4, 2, 64, 128, 96)
+    model, draft = (
+        Transformer(tp.local_args(args, 2)),
+        MLPSpeculator(SpeculatorArgs(128, 64, 3, 96)),
+    )
+    engine = Engine(model, draft, num_draft_tokens=3, max_seq_len=64, ranks=ranks)
+    engine.kernels = gpu_kernels
+    ranks.connect(engine)
+    monkeypatch.setitem(tp.one_shot_memory, torch.float32, torch.empty(0))
+    if fused:
+        monkeypatch.setitem(gpu_kernels.exchanges, args.dim, None)
+    names = []
+
+    def keep(graph, inputs):
+        names.extend(str(node.target) for node in graph.graph.nodes)
+        return lambda *inputs: ()
+
+    with torch.inference_mode(), suppress(IndexError):  # of what was not computed
+        torch.compile(engine.decode_step, backend=keep, fullgraph=True)(None, True, False)
+    kinds = ("one_shot_sum", "add_linear", "all_reduce", "broadcast", "all_gather_into_tensor")
+    counts = [sum(kind in name for name in names) for kind in kinds]
+    assert counts == [1 if fused else 5, 4 if fused else 0, 0, 1, 1]

@@ -1,0 +1,171 @@
+"""One rank of several GPUs, started by torchrun from test_gpu_tp.py: all ranks run the same engine
+side by side, and rank 0 prints what each found in lines of JSON."""
+
+import json
+import os
+import sys
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from conftest import Scripted, script_for
+
+import tp
+from fastspec import Engine, Request, SamplingParams, decode_loop
+from model import ModelArgs, Transformer, hf_tensors, kv_cache_shape, rope_frequencies
+
+CUDA = torch.cuda.is_available()
+ARGS = ModelArgs(256, 4, 8, 2, 64, 512, 4000)
+PROMPTS = [[int(t) for t in torch.arange(n) * 37 % 4000] for n in (30, 7)]
+WIDTH = 512
+
+
+def whole_model(device):
+    """The same random bfloat16 weights on every rank."""
+    torch.manual_seed(0)
+    model = Transformer(ARGS).requires_grad_(False)
+    for name, param in model.named_parameters():
+        if "norm" not in name:
+            param.normal_(0, 0.08)
+    model = model.to(device, torch.bfloat16)
+    model.inv_freq = rope_frequencies(ARGS).to(device)  # float32 in every dtype
+    return model
+
+
+def own_part(whole, ranks):
+    mesh = tp.new_mesh(ARGS.n_kv_heads, ranks.size)
+    local = Transformer(tp.local_args(ARGS, ranks.size)).requires_grad_(False)
+    local = local.to(whole.norm.weight.device, torch.bfloat16)
+    local.inv_freq = whole.inv_freq
+    stored = hf_tensors(whole)
+    for name, own in hf_tensors(local).items():
+        own.copy_(tp.part(name, stored[name], mesh, tp.TARGET_PLAN, ARGS.head_dim))
+    return local
+
+
+def new_engine(model, ranks, device):
+    scripted = Scripted(torch.zeros(2, WIDTH, dtype=torch.int64), ARGS.vocab_size).to(device)
+    options = {"num_draft_tokens": 3, "batch_size": 2, "max_seq_len": WIDTH, "compiled": CUDA}
+    engine = Engine(model, scripted, **options, ranks=ranks)
+    ranks.connect(engine)
+    ranks.share_memory(engine)
+    return engine
+
+
+def run(engine, params):
+    tokens, accepted = [[] for _ in PROMPTS], 0
+    requests = [Request(p, params, 7 + i, []) for i, p in enumerate(PROMPTS)]
+    for event in decode_loop(engine, requests):
+        tokens[event.request] += event.tokens
+        accepted += event.accepted
+    return tokens, accepted
+
+
+def chain(engine, temperature):
+    """Texts and accepted drafts with drafts that are always wrong, right, and right at times."""
+    params = SamplingParams(temperature=temperature, top_p=0.95, max_tokens=WIDTH - 40)
+    scripted = engine.speculator
+    scripted.script.zero_(), scripted.wrong_every.fill_(10**9)
+    text, _ = run(engine, params)
+    # Always wrong: a draft token that never appears.
+    scripted.script.fill_(min(set(range(ARGS.vocab_size)) - {*text[0], *text[1]}))
+    runs = [run(engine, params)]
+    scripted.script.copy_(script_for(PROMPTS, runs[0][0], WIDTH))
+    for wrong_every in (10**9, 5):
+        scripted.wrong_every.fill_(wrong_every)
+        runs.append(run(engine, params))
+    return runs
+
+
+def launches(engine):
+    """Of five steps."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        for _ in range(5):
+            engine.wait(engine.step(False, False))
+    return {e.key: e.count for e in profile.key_averages() if "Launch" in e.key}
+
+
+def sums(ranks, device):
+    """For some sizes: the largest error of `sum`, in units of what bfloat16 may round, beside
+    NCCL's, and the bits of the sum."""
+    found = []
+    for rows in (1, 5, 31, 600):  # the last: more than one kernel of torch's is for
+        generator = torch.Generator().manual_seed(rows)
+        parts = torch.randn(ranks.size, rows, ARGS.dim, generator=generator).bfloat16().to(device)
+        exact, own = parts.double().sum(0), parts[ranks.rank].contiguous()
+        unit = parts.double().abs().sum(0) * 2**-8
+        for total in (ranks.sum(own), ranks.collective("all_reduce", own, "sum")):
+            found.append(float(((total.double() - exact).abs() / unit).max()))
+        found.append(ranks.sum(own).view(torch.int16).long().sum().item())
+    return found
+
+
+def fused(ranks, device):
+    """Of products that add up the ranks' parts: the largest relative error, the bits."""
+    import gpu_kernels
+
+    found = []
+    for M, C in ((1, 128), (5, 1024), (32, 1024), (2, 128)):
+        generator = torch.Generator().manual_seed(M)
+        random = partial(torch.randn, generator=generator)
+        x, w = random(M, C * ranks.size).bfloat16(), random(ARGS.dim, C * ranks.size).bfloat16()
+        exact = x.double() @ w.double().T
+        mine = slice(ranks.rank * C, (ranks.rank + 1) * C)
+        own, rows = (t[:, mine].contiguous().to(device) for t in (x, w))
+        zeros, ones = own.new_zeros(M, ARGS.dim), own.new_ones(ARGS.dim)
+        for _ in range(20):
+            y, *_ = gpu_kernels.add_linear(own, rows, None, zeros, ones, True)
+            found.append(float((y.cpu().double() - exact).norm() / exact.norm()))
+            found.append(y.view(torch.int16).long().sum().item())
+    return found
+
+
+def same_as_one_gpu(engine, whole, ranks, device):
+    """Relative error of the target's hidden states beside those of the whole model."""
+    import gpu_kernels
+
+    tokens = torch.tensor(PROMPTS[1:], device=device)
+    B, N = tokens.shape
+    positions, cached = torch.arange(N, device=device)[None], torch.zeros_like(tokens[:, 0])
+    chain = torch.ones(N, N, dtype=torch.bool, device=device).tril()
+
+    def hidden(model, total):
+        kv = model.norm.weight.new_zeros(kv_cache_shape(model.args, B, 80))
+        args = tokens, positions, kv, cached, chain
+        return gpu_kernels.forward(model, *args, total)[0].double()
+
+    ours, plain = hidden(engine.model, ranks.sum), hidden(whole, None)
+    return float((ours - plain).norm() / plain.norm())
+
+
+@torch.inference_mode()
+def main():
+    ranks = tp.join()
+    device = f"cuda:{ranks.rank}" if CUDA else "cpu"
+    if CUDA:
+        torch.cuda.set_device(ranks.rank)
+    whole = whole_model(device)
+    engine = new_engine(own_part(whole, ranks), ranks, device)
+    found = {f"chain {temperature}": chain(engine, temperature) for temperature in (0.0, 0.8)}
+    found["sums"] = sums(ranks, device)
+    if CUDA:
+        found["one shot"] = bool(tp.one_shot_memory)
+        found["fused"] = fused(ranks, device)
+        found["error"] = same_as_one_gpu(engine, whole, ranks, device)
+    tell(ranks, found)
+    if CUDA:
+        tell(ranks, {"launches": launches(engine)})
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def tell(ranks, found):
+    everyones = [None] * ranks.size
+    dist.all_gather_object(everyones, found)
+    if ranks.rank == 0:
+        print(json.dumps(everyones), flush=True)
+
+
+if __name__ == "__main__":
+    main()
