@@ -425,7 +425,7 @@ class Engine(nn.Module):
             scores = (self.scores(logits, position, ids, None) if noisy else logits)[:, 0]
             top, column = scores.max(-1)
             joint.add_(top - scores.logsumexp(-1))
-            likely = (joint > math.log(LIKELY)) & ~self.done
+            likely = (joint.exp() >= LIKELY) & ~self.done
             return column if likely.any() else None
 
         if self.draft_kernels is not None:  # a chain is a tree of one branch

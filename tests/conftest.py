@@ -22,6 +22,13 @@ import fastspec
 from fastspec import LLM, SamplingParams
 from tokenizer import load_tokenizer
 
+
+@pytest.fixture(autouse=True)
+def every_draft_is_verified(monkeypatch):
+    """Also on a CPU, so that tests can count steps."""
+    monkeypatch.setattr(fastspec, "LIKELY", 0.0)
+
+
 # Tiny models: threads that wait for each other cost more than they give.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start

@@ -271,13 +271,13 @@ def test_a_cpu_verifies_likely_drafts_only(model, speculator, monkeypatch, tempe
     params = SamplingParams(temperature=temperature, max_tokens=40)
     expected, _, _ = run(engine_for(model), PROMPTS[:2], params, seed=4)
     found = {}
-    for least in (1e-9, 1e-4, 1e-3, 1e-2, 0.05, 0.2, 1.0):
+    for least in (0.0, 1e-4, 1e-3, 1e-2, 0.05, 0.2, 1.0):
         monkeypatch.setattr(fastspec, "LIKELY", least)
         engine = engine_for(model, speculator, batch_size=2)
         found[least] = verified_widths(engine)
         assert run(engine, PROMPTS[:2], params, seed=4)[0] == expected
     most = engine.k + 1
-    assert found[1e-9] == {most} and found[1.0] == {1}
+    assert found[0.0] == {most} and found[1.0] == {1}
     assert {2, 3} <= set().union(*found.values())
 
 
