@@ -463,6 +463,7 @@ def test_an_engine_drafts_the_same_with_kernels(tree, noisy):
     for engine in engines:
         engine.hidden.copy_(hidden)
         engine.temperature.fill_(0.8)
+        engine.done.fill_(False)
         engine.seed += torch.arange(2, device=DEVICE)
         run = engine.draft_tree if tree else engine.draft
         if engine.draft_kernels is not None:
