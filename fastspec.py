@@ -1024,7 +1024,6 @@ class LLM:
         return target, speculator
 
     def new_engine(self, target: Transformer, speculator: MLPSpeculator | None, ranks) -> Engine:
-        int8 = self.draft_dtype == "int8" or bool(speculator and speculator.stored_in_int8)
         return self.engine_class(
             target,
             speculator,
@@ -1034,7 +1033,7 @@ class LLM:
             tree=self.tree,
             top_k_tokens_per_head=self.top_k_tokens_per_head,
             compiled=self.compiled,
-            eight_bit_draft=int8,
+            eight_bit_draft=self.draft_dtype == "int8",
             ranks=ranks,
             draft_ranks=ranks if self.k and self.draft_parallel_size > 1 else None,
         )

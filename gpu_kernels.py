@@ -95,8 +95,10 @@ def _sum_of_ranks(
             missing |= (got.to(tl.int32, bitcast=True) == -2147483648).to(tl.int32)
             acc += got
         waits = tl.max(tl.max(missing, axis=1), axis=0) > 0
+    # By its bits: a constant -0.0 is compiled as 0.
+    rest = tl.full([TILE, ROWS], -2147483648, tl.int32).to(tl.float32, bitcast=True)
     for other in tl.static_range(RANKS):
-        tl.store(parts + other * stride + at, -0.0, mask=known)
+        tl.store(parts + other * stride + at, rest, mask=known)
     tl.store(turns + tile, 1 - turn)
     return acc
 
@@ -160,17 +162,28 @@ def _linear(
         s = tl.load(sin + angle, mask=turn, other=0.0)
 
     acc = tl.zeros([TILE, ROWS], dtype=tl.float32)
-    for start in range(0, C // SPLITS, DEEP):
-        at_c = begin + start + k
-        if EVEN:
-            a = tl.load(w_at + at_c[None, :], eviction_policy="evict_first")
-            b = tl.load(x + m[None, :] * C + at_c[:, None], mask=(m < M)[None, :], other=0.0)
-        else:
+    if ROWS == 1:  # unrolled, so that all loads are under way at once
+        wide = tl.zeros([TILE, DEEP], dtype=tl.float32)
+        for start in tl.static_range(0, C // SPLITS, DEEP):
+            at_c = begin + start + k
             c_in = at_c < begin + C // SPLITS
-            a = tl.load(w_at + at_c[None, :], mask=r_in[:, None] & c_in[None, :], other=0)
-            x_in = (m < M)[None, :] & c_in[:, None]
-            b = tl.load(x + m[None, :] * C + at_c[:, None], mask=x_in, other=0.0)
-        acc = tl.dot(a.to(b.dtype), b, acc, input_precision="ieee")
+            known = r_in[:, None] & c_in[None, :]
+            a = tl.load(w_at + at_c[None, :], mask=known, other=0, eviction_policy="evict_first")
+            b = tl.load(x + at_c, mask=c_in, other=0.0)
+            wide += a.to(tl.float32) * b.to(tl.float32)[None, :]
+        acc += tl.sum(wide, axis=1)[:, None]
+    else:
+        for start in range(0, C // SPLITS, DEEP):
+            at_c = begin + start + k
+            if EVEN:
+                a = tl.load(w_at + at_c[None, :], eviction_policy="evict_first")
+                b = tl.load(x + m[None, :] * C + at_c[:, None], mask=(m < M)[None, :], other=0.0)
+            else:
+                c_in = at_c < begin + C // SPLITS
+                a = tl.load(w_at + at_c[None, :], mask=r_in[:, None] & c_in[None, :], other=0)
+                x_in = (m < M)[None, :] & c_in[:, None]
+                b = tl.load(x + m[None, :] * C + at_c[:, None], mask=x_in, other=0.0)
+            acc = tl.dot(a.to(b.dtype), b, acc, input_precision="ieee")
 
     last = True
     if SPLITS > 1:  # whoever finishes last adds the parts, always in the same order
@@ -232,9 +245,9 @@ def small(
     parts, peers, turns, rank = exchange or (None, None, None, 0)
     ranks = 1 if peers is None else len(peers)
     tile = tile or tiling(R, C)
-    rows = max(16, triton.next_power_of_2(M))
+    rows = tile.get("ROWS", max(16, triton.next_power_of_2(M)))
     TILE = tile.get("TILE", 64)
-    tile = {k: v for k, v in tile.items() if k != "TILE"}
+    tile = {k: v for k, v in tile.items() if k not in ("TILE", "ROWS")}
     tiles, splits = triton.cdiv(R, TILE), tile["SPLITS"]
     if out is None:
         out = x.new_empty(M, R // 2 if gated else R, dtype=dtype or x.dtype)

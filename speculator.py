@@ -132,7 +132,6 @@ class MLPSpeculator(nn.Module):
 
     draft_ids: Tensor | None
     emb_row: Tensor | None
-    stored_in_int8 = False
 
     def __init__(self, args: SpeculatorArgs):
         super().__init__()
@@ -286,7 +285,7 @@ def load_speculator(
     with torch.device("meta"):
         model = MLPSpeculator(args).to(dtype)
     found = _map_weights(directory)
-    model.stored_in_int8 = _unpack(found)
+    _unpack(found)
     ids = _draft_ids(directory, found, args)
     _check(directory, found, _tensor_names(model))
     for name, param in model.named_parameters():
@@ -314,17 +313,14 @@ def _draft_ids(where: Path, found: dict, args: SpeculatorArgs) -> Tensor | None:
     return ids.long()
 
 
-def _unpack(found: dict) -> bool:
-    """Replace int8 matrices and their scales per row, an addition to the format, by floats.
-    Returns whether there were any."""
-    scale_names = [name for name in found if name.endswith("_scale")]
-    for scale_name in scale_names:
+def _unpack(found: dict) -> None:
+    """Replace int8 matrices and their scales per row, an addition to the format, by floats."""
+    for scale_name in [name for name in found if name.endswith("_scale")]:
         file, stored, scale = found.pop(scale_name)
         _, _, weight = found.get(name := scale_name.removesuffix("_scale"), (file, "", scale))
         if weight.dtype != torch.int8 or scale.shape != weight.shape[:1] or weight.dim() != 2:
             raise ValueError(f"{file}: {stored} must be the scales [rows] of an int8 matrix")
         found[name] = (file, stored, weight * scale.float()[:, None])
-    return bool(scale_names)
 
 
 def _tensor_names(model: MLPSpeculator) -> dict[str, Tensor]:
