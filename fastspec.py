@@ -207,7 +207,7 @@ def largest_threshold(p: Tensor, enough) -> Tensor:
 PREFILL_SIZES = (64, 256, 1024)  # tokens of one prompt at once
 PREFILL_TOKENS = 8192  # of all the prompts computed together, their padding included: at least,
 PREFILL_PER_ROW = 16  # and so many for each row of the batch
-LIKELY = 0.2  # joint probability from which a draft is worth its verification on a CPU
+LIKELY = 0.1  # joint probability from which a draft is worth its verification on a CPU
 HEADER = 4  # columns of a result before its tokens: request, tokens emitted, accepted, done
 
 
