@@ -251,7 +251,7 @@ class BenchEngine(Engine):
         verify = (*self.draft_alone(noisy), slots, noisy, filtered)
         for part, args in ((self.draft_alone, (noisy,)), (self.verify_alone, verify)):
             if self.compiled:
-                part = torch.compile(part, mode="reduce-overhead", fullgraph=True)
+                part = torch.compile(part, mode="reduce-overhead", fullgraph=True, dynamic=False)
             for _ in range(3 if self.compiled else 1):  # compile, capture, replay
                 part(*args)
             repeats = 20 if self.compiled else 2

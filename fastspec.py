@@ -340,7 +340,7 @@ class Engine(nn.Module):
             self.register_buffer(name, tensor, persistent=False)
         if compiled:
             self.compiled_step = torch.compile(
-                self.decode_step, mode="reduce-overhead", fullgraph=True
+                self.decode_step, mode="reduce-overhead", fullgraph=True, dynamic=False
             )
         self.kernels, self.draft_kernels = None, None
         if compiled and weight.is_cuda:

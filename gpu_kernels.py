@@ -23,7 +23,6 @@ V vocabulary.
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -44,71 +43,15 @@ def counters(device: torch.device) -> Tensor:
     return torch.zeros(MOST_TILES, dtype=torch.int32, device=device)
 
 
-class Exchange(NamedTuple):
-    """What a product of R rows needs to add up what all ranks have of it. Each rank writes its part
-    into the memory of all and waits until theirs have come. At rest the memory holds -0.0, which
-    no part does. A product uses the half that the one before did not, whose parts a slower rank
-    may not have read yet."""
-
-    parts: Tensor  # float32 [2 * ranks * MOST_ROWS * R], into which the other ranks write
-    peers: Tensor  # int64 [ranks], where that of each rank is
-    turns: Tensor  # int32 [T], the half that a tile uses next
-    rank: int
-
-
-exchanges: dict[int, Exchange] = {}  # by R, where ranks share a model and their GPUs can
-
-
-def share(R: int, rank: int, peers: list[int], parts: Tensor) -> None:
-    """Let products of R rows, where they are asked to, add up all ranks' parts. For each tile a
-    program waits: all of them must find a multiprocessor."""
-    if torch.cuda.get_device_properties(parts.device).multi_processor_count >= R // TILE:
-        turns = torch.zeros(R // TILE, dtype=torch.int32, device=parts.device)
-        exchanges[R] = Exchange(parts, torch.tensor(peers, device=parts.device), turns, rank)
-
-
 # --- small products ----------------------------------------------------------------------------
 
 
 @triton.jit
-def _sum_of_ranks(
-    acc, parts, peers, turns, rank, room, tile, M,
-    TILE: tl.constexpr, ROWS: tl.constexpr, RANKS: tl.constexpr,
-):  # fmt: skip
-    """The sum of all ranks' acc [TILE, ROWS] in the order of the ranks; see Exchange."""
-    m, i = tl.arange(0, ROWS), tl.arange(0, TILE)
-    known = (m < M)[None, :] & (i >= 0)[:, None]
-    turn = tl.load(turns + tile)
-    stride = room // RANKS
-    at = turn * room + (tile * ROWS + m[None, :]) * TILE + i[:, None]
-    acc = tl.where(acc == 0, 0.0, acc)
-    for other in tl.static_range(RANKS):
-        there = tl.load(peers + other).to(tl.pointer_type(tl.float32))
-        there = tl.multiple_of(there, 16)
-        tl.store(there + rank * stride + at, acc, mask=known)
-    waits = turn >= 0
-    while waits:
-        acc = tl.zeros([TILE, ROWS], dtype=tl.float32)
-        missing = tl.zeros([TILE, ROWS], dtype=tl.int32)
-        for other in tl.static_range(RANKS):
-            got = tl.load(parts + other * stride + at, mask=known, other=0.0, volatile=True)
-            missing |= (got.to(tl.int32, bitcast=True) == -2147483648).to(tl.int32)
-            acc += got
-        waits = tl.max(tl.max(missing, axis=1), axis=0) > 0
-    # By its bits: a constant -0.0 is compiled as 0.
-    rest = tl.full([TILE, ROWS], -2147483648, tl.int32).to(tl.float32, bitcast=True)
-    for other in tl.static_range(RANKS):
-        tl.store(parts + other * stride + at, rest, mask=known)
-    tl.store(turns + tile, 1 - turn)
-    return acc
-
-
-@triton.jit(do_not_specialize=["rank"])
 def _linear(
     x, w, row_scale, bias, squares, residual, norm, cos, sin, out, weighted, out_squares, part,
-    count, parts, peers, turns, rank, room, M, R, in_tiles, turned, eps,
+    count, M, R, in_tiles, turned, eps,
     E: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
-    DEEP: tl.constexpr, SPLITS: tl.constexpr, RANKS: tl.constexpr,
+    DEEP: tl.constexpr, SPLITS: tl.constexpr,
     IN_TILES: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out [M, R] = x [M, C] @ w [R, C]^T, one tile of TILE rows of w and one part of C a program.
@@ -117,8 +60,7 @@ def _linear(
     the input's squares, whose root mean it is divided by; bias [R] and residual [M, R] are added;
     with norm [R], weighted [M, R] = out * norm and out_squares [T, M] are written for the next
     product. GATED: w holds gate and up rows, out [M, R / 2] = silu(gate) * up. With cos and sin
-    [M, E / 2], heads of E rows are turned by these angles, as far as row `turned`. RANKS > 1: x and
-    w are a rank's part of C, and the products of all ranks are added up (see Exchange).
+    [M, E / 2], heads of E rows are turned by these angles, as far as row `turned`.
     """
     tile, split = tl.program_id(0), tl.program_id(1)
     m, i, k = tl.arange(0, ROWS), tl.arange(0, TILE), tl.arange(0, DEEP)
@@ -203,8 +145,6 @@ def _linear(
             acc *= scale
         if bias is not None:
             acc += tl.load(bias + r, mask=r_in, other=0.0).to(tl.float32)[:, None]
-        if RANKS > 1:
-            acc = _sum_of_ranks(acc, parts, peers, turns, rank, room, tile, M, TILE, ROWS, RANKS)
         if GATED or cos is not None:
             y1, y2 = tl.split(tl.permute(tl.reshape(acc, [2, half, ROWS]), [1, 2, 0]))
         if GATED:
@@ -226,9 +166,16 @@ def _linear(
             tl.store(out_squares + tile * M + m, tl.sum(y * y, axis=0), mask=m < M)
 
 
-def tiling(R: int, C: int) -> dict:
-    """How to cut a product with w [R, C], as measured on an H100: narrow matrices along C too, and
-    80 kB of loads under way."""
+def tiling(R: int, C: int, M: int) -> dict:
+    """How to cut a product with w [R, C], as measured on an H100 and an H200: narrow matrices along
+    C too, and 80 kB of loads under way; those of a small model into small tiles. One row needs no
+    matrix instruction: its loads are all under way at once."""
+    if M == 1 and C <= 4096:
+        tile, warps = 8 if R >= 96 * TILE and C > 1024 else 4, 2 if C > 3072 else 4
+        return {"ROWS": 1, "TILE": tile, "DEEP": 512, "SPLITS": 1, "num_warps": warps}
+    if M <= 16 and R <= 3072 and C <= 1024 and C % 64 == 0:
+        tile = 16 if R <= 1024 else 32
+        return {"TILE": tile, "DEEP": 64, "SPLITS": 1, "num_stages": 8, "num_warps": 2}
     splits = 4 if R < 96 * TILE and C % (4 * 128) == 0 and C >= 1024 else 1
     deep = 128 if C // splits % 128 == 0 else 64
     tile = {"DEEP": deep, "SPLITS": splits}
@@ -237,14 +184,11 @@ def tiling(R: int, C: int) -> dict:
 
 def small(
     x: Tensor, w: Tensor, *, row_scale=None, bias=None, squares=None, eps=0.0, residual=None,
-    norm=None, angles=None, turned=0, gated=False, dtype=None, out=None,
-    exchange: Exchange | None = None, tile: dict | None = None,
+    norm=None, angles=None, turned=0, gated=False, dtype=None, out=None, tile: dict | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """(out, weighted, squares) of `_linear` for x [M, C], w [R, C]."""
     (M, C), R = x.shape, w.shape[0]
-    parts, peers, turns, rank = exchange or (None, None, None, 0)
-    ranks = 1 if peers is None else len(peers)
-    tile = tile or tiling(R, C)
+    tile = tile or tiling(R, C, M)
     rows = tile.get("ROWS", max(16, triton.next_power_of_2(M)))
     TILE = tile.get("TILE", 64)
     tile = {k: v for k, v in tile.items() if k not in ("TILE", "ROWS")}
@@ -260,10 +204,9 @@ def small(
     pdl = {"launch_pdl": True} if x.is_cuda else {}
     _linear[(tiles, splits)](
         x, w, row_scale, bias, squares, residual, norm, cos, sin, out, weighted, out_squares, part,
-        counters(x.device), parts, peers, turns, rank, MOST_ROWS * R * ranks, M, R, in_tiles,
-        turned, eps,
+        counters(x.device), M, R, in_tiles, turned, eps,
         E=2 * cos.shape[1] if angles else 1, C=C, ROWS=rows, TILE=TILE, GATED=gated, EVEN=even,
-        IN_TILES=triton.next_power_of_2(in_tiles), RANKS=ranks, PDL=x.is_cuda,
+        IN_TILES=triton.next_power_of_2(in_tiles), PDL=x.is_cuda,
         **tile, **pdl,
     )  # fmt: skip
     return out, weighted, out_squares
@@ -458,17 +401,16 @@ def _(x, squares, eps, w, bias):
 
 @torch.library.custom_op("fastspec::add_linear", mutates_args=())
 def add_linear(
-    x: Tensor, w: Tensor, bias: Tensor | None, residual: Tensor, norm: Tensor, shared: bool
+    x: Tensor, w: Tensor, bias: Tensor | None, residual: Tensor, norm: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y = residual + x @ w^T + bias [M, R], y * norm [M, R], and the sums of y^2 [T, M]. Shared:
-    the sum of what all ranks have of x @ w^T + bias."""
-    exchange = exchanges[len(w)] if shared else None
-    return small(x, w, bias=bias, residual=residual, norm=norm, exchange=exchange)
+    """y = residual + x @ w^T + bias [M, R], y * norm [M, R], and the sums of y^2 [T, M]."""
+    return small(x, w, bias=bias, residual=residual, norm=norm)
 
 
 @add_linear.register_fake
-def _(x, w, bias, residual, norm, shared):
-    squares = x.new_empty(triton.cdiv(len(w), TILE), len(x), dtype=torch.float32)
+def _(x, w, bias, residual, norm):
+    tile = tiling(*w.shape, len(x)).get("TILE", TILE)
+    squares = x.new_empty(triton.cdiv(len(w), tile), len(x), dtype=torch.float32)
     return torch.empty_like(residual), torch.empty_like(residual), squares
 
 
@@ -487,8 +429,8 @@ def forward(
     each of them has of a product."""
 
     def add(y: Tensor, module: nn.Linear, x: Tensor, norm: Tensor):
-        if total is None or args.dim in exchanges:
-            return add_linear(y, module.weight, module.bias, x, norm, total is not None)
+        if total is None:
+            return add_linear(y, module.weight, module.bias, x, norm)
         y = linear(y, module.weight, None, x.dtype)
         x = x + total(y if module.bias is None else y + module.bias)
         return x, x * norm, x.float().square().sum(-1)[None]

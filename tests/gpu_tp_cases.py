@@ -4,7 +4,6 @@ side by side, and rank 0 prints what each found in lines of JSON."""
 import json
 import os
 import sys
-from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -101,26 +100,6 @@ def sums(ranks, device):
     return found
 
 
-def fused(ranks, device):
-    """Of products that add up the ranks' parts: the largest relative error, the bits."""
-    import gpu_kernels
-
-    found = []
-    for M, C in ((1, 128), (5, 1024), (32, 1024), (2, 128)):
-        generator = torch.Generator().manual_seed(M)
-        random = partial(torch.randn, generator=generator)
-        x, w = random(M, C * ranks.size).bfloat16(), random(ARGS.dim, C * ranks.size).bfloat16()
-        exact = x.double() @ w.double().T
-        mine = slice(ranks.rank * C, (ranks.rank + 1) * C)
-        own, rows = (t[:, mine].contiguous().to(device) for t in (x, w))
-        zeros, ones = own.new_zeros(M, ARGS.dim), own.new_ones(ARGS.dim)
-        for _ in range(20):
-            y, *_ = gpu_kernels.add_linear(own, rows, None, zeros, ones, True)
-            found.append(float((y.cpu().double() - exact).norm() / exact.norm()))
-            found.append(y.view(torch.int16).long().sum().item())
-    return found
-
-
 def same_as_one_gpu(engine, whole, ranks, device):
     """Relative error of the target's hidden states beside those of the whole model."""
     import gpu_kernels
@@ -151,7 +130,6 @@ def main():
     found["sums"] = sums(ranks, device)
     if CUDA:
         found["one shot"] = bool(tp.one_shot_memory)
-        found["fused"] = fused(ranks, device)
         found["error"] = same_as_one_gpu(engine, whole, ranks, device)
     tell(ranks, found)
     if CUDA:
