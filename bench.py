@@ -285,7 +285,7 @@ class Case(LLM):
             self.modes.append((self.k, 0, ()))
             for nodes in options.tree:
                 asked = {"tree": nodes, "top_k_tokens_per_head": options.top_k_tokens_per_head}
-                nodes, children = fastspec.read_tree(asked, self.speculator_args, self.k, 1)
+                nodes, children = fastspec.read_tree(asked, self.speculator_args, self.k, 0)
                 self.modes.append((min(self.k, nodes - 1), nodes, children))
 
     def load(self, ranks=None) -> None:

@@ -912,12 +912,13 @@ class LLM:
     {"model": directory or hub id, "method": "mlp_speculator", "num_speculative_tokens": int,
     "revision": str, "tree": int, "top_k_tokens_per_head": list of int, "draft_dtype": "auto" or
     "int8", "draft_tensor_parallel_size": int}, all but "model" optional; "tree" is how many nodes a
-    step verifies, 0 for a chain; int8 keeps the heads in 8 bits on a GPU. dtype "auto" is float16
-    or bfloat16 on a GPU, as the checkpoint says; on a CPU float32, or bfloat16 if it has
-    instructions for that and the weights are stored in it. `compile` None means: on a GPU.
-    tensor_parallel_size GPUs share the target, and the speculator too where its own size (1, if not
-    given) is the same. Raises ValueError for what does not fit before reading weights; `load=False`
-    leaves these to a later `load()`, so that prompts can be checked first, too.
+    step verifies, 0 for a chain (unset: 16 for one row on one GPU, else a chain); int8 keeps the
+    heads in 8 bits on a GPU. dtype "auto" is float16 or bfloat16 on a GPU, as the checkpoint says;
+    on a CPU float32, or bfloat16 if it has instructions for that and the weights are stored in it.
+    `compile` None means: on a GPU. tensor_parallel_size GPUs share the target, and the speculator
+    too where its own size (1, if not given) is the same. Raises ValueError for what does not fit
+    before reading weights; `load=False` leaves these to a later `load()`, so that prompts can be
+    checked first, too.
     """
 
     engine_class = Engine
@@ -961,8 +962,9 @@ class LLM:
             self.speculator_dir, self.speculator_args, self.k = read_speculative_config(
                 speculative_config, self.args, self.directory
             )
+            alone = self.device.type == "cuda" and batch_size == tensor_parallel_size == 1
             self.tree, self.top_k_tokens_per_head = read_tree(
-                speculative_config, self.speculator_args, self.k, batch_size
+                speculative_config, self.speculator_args, self.k, TREE if alone else 0
             )
             self.k = min(self.k, self.tree - 1) if self.tree else self.k
         self.draft_dtype = (speculative_config or {}).get("draft_dtype", "auto")
@@ -1332,22 +1334,16 @@ def check_parallel_sizes(size: int, draft_size: int, device: torch.device) -> No
 
 
 MOST_NODES = 64
-
-# Batch size up to which a tree of so many nodes gives the most tokens per second.
-TREES: dict[int, int] = {}
-
-
-def default_tree(batch_size: int) -> int:
-    """Nodes of a step's tree where none are asked for; 0 is a chain."""
-    return next((nodes for most, nodes in sorted(TREES.items()) if batch_size <= most), 0)
+TREE = 16  # nodes where none are asked for, with one row on one GPU: measured to be the fastest
 
 
 def read_tree(
-    config: dict, speculator: SpeculatorArgs, k: int, batch_size: int
+    config: dict, speculator: SpeculatorArgs, k: int, usual: int
 ) -> tuple[int, tuple[int, ...]]:
-    """Nodes of a step's tree, 0 for a chain, and the children that each of k heads proposes."""
+    """Nodes of a step's tree, 0 for a chain, and the children that each of k heads proposes.
+    `usual`: how many nodes where none are asked for, if there can be more than a chain has."""
     tree, top_k = config.get("tree"), config.get("top_k_tokens_per_head")
-    tree = default_tree(batch_size) if tree is None else tree
+    asked, tree = tree is not None, usual if tree is None else tree
     if not (is_integer(tree, 0, MOST_NODES) and tree != 1):
         raise ValueError(f"tree must be 0 (a chain) or 2 to {MOST_NODES} nodes, found {tree!r}")
     if top_k is not None and not tree:
@@ -1363,7 +1359,8 @@ def read_tree(
     for n in top_k:
         width *= n
         nodes += width
-    return min(tree, nodes) if k else 0, tuple(top_k)
+    chain = k == 0 or (nodes == k + 1 and not asked)
+    return 0 if chain else min(tree, nodes), tuple(top_k)
 
 
 def check_memory(
@@ -1441,7 +1438,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--speculator", help="directory or hub id; unset: the demo's, or none for a --checkpoint")
     add("--speculator-revision", help="revision of a speculator from the hub")
     add("--num-draft-tokens", type=int, help="tokens drafted per step; 0: none; unset: all heads")
-    add("--tree", type=int, metavar="N", help="verify a tree of N nodes per step; 0: a chain")
+    tree = "verify a tree of N nodes per step; 0: a chain; unset: 16 for one row on a GPU"
+    add("--tree", type=int, metavar="N", help=tree)
     add("--draft-dtype", choices=["int8"], help="keep the speculator's heads in 8 bits (GPU)")
     add("--top-k-tokens-per-head", type=integers, metavar="4,3,..", help="children in a tree")
     add("--prompt", nargs="+", help="one or more texts; with --interactive the first turns")

@@ -413,7 +413,7 @@ def speculator_config(args: Namespace, target: ModelArgs) -> dict:
         "vocab_size": target.vocab_size,
         "tie_weights": args.tie_weights,
         "scale_input": args.scale_input,
-        "top_k_tokens_per_head": ([4, 3] + [2] * args.n_predict)[: args.n_predict],
+        "top_k_tokens_per_head": ([8, 4, 3] + [2] * args.n_predict)[: args.n_predict],
         "n_candidates": 5,
         "torch_dtype": "float16",
     }

@@ -406,6 +406,17 @@ def test_config_and_options_decide_the_tree(llama_dir, speculator_dir):
     assert tree(tree=9, top_k_tokens_per_head=[8, 2], num_speculative_tokens=2) == (2, 9, (8, 2))
 
 
+def test_a_tree_is_usual_where_it_is_more_than_a_chain():
+    args = SpeculatorArgs(48, 32, 3, 400, top_k_tokens_per_head=(4, 3, 2))
+    assert fastspec.read_tree({}, args, 3, 16) == (16, (4, 3, 2))
+    assert fastspec.read_tree({"tree": 0}, args, 3, 16) == (0, (4, 3, 2))
+    assert fastspec.read_tree({"tree": 8}, args, 3, 16) == (8, (4, 3, 2))
+    assert fastspec.read_tree({}, args, 0, 16) == (0, ())
+    chain = SpeculatorArgs(48, 32, 3, 400, top_k_tokens_per_head=(1, 1, 1))
+    assert fastspec.read_tree({}, chain, 3, 16) == (0, (1, 1, 1))
+    assert fastspec.read_tree({"tree": 16}, chain, 3, 16) == (4, (1, 1, 1))
+
+
 BAD = {
     "tree 1": (["--tree", 1], r"tree must be 0 \(a chain\) or 2 to 64 nodes, found 1"),
     "tree 65": (["--tree", 65], "tree must be 0 .* found 65"),
