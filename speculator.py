@@ -191,10 +191,10 @@ class MLPSpeculator(nn.Module):
         state, drafts = self.start(hidden), token[:, None][:, :0]
         for i in range(k):
             state, logits = self.step(i, state, token)
-            token = choose(logits, position + i + 1, self.draft_ids)
-            if token is None:
+            column = choose(logits, position + i + 1, self.draft_ids)
+            if column is None:
                 break
-            token = token if self.draft_ids is None else self.draft_ids[token]
+            token = column if self.draft_ids is None else self.draft_ids[column]
             drafts = torch.cat((drafts, token[:, None]), dim=1)
         return drafts
 
