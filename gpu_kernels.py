@@ -5,8 +5,9 @@ instead of sixteen. A small batch moves every weight through the bus once and co
 each kernel is shaped to keep the bus busy:
 
 - `_linear`: a product of few rows. The weights are the matrix instruction's tall operand (64 rows
-  of W), the tokens its narrow one (16, 32 or 64), loads are several tiles ahead of the arithmetic,
-  and matrices of few rows are cut along K so that every multiprocessor has work.
+  of W), the tokens its narrow one (16 or 32), loads are several tiles ahead of the arithmetic, and
+  matrices of few rows are cut along K so that every multiprocessor has work. One token needs no
+  matrix instruction.
 - RMS norm costs no kernel: the producer of x also writes x * weight and the sums of x^2 by tile,
   and the next product scales its result by rsqrt(mean(x^2) + eps). SiLU, bias and the residual
   are applied where the result is written.
