@@ -283,7 +283,8 @@ class Case(LLM):
         self.options, self.modes = options, [(0, 0, ())]  # k, nodes of a tree, children in it
         if self.k:
             self.modes.append((self.k, 0, ()))
-            for nodes in options.tree:
+            alone = self.device.type == "cuda" and self.batch_size == self.tensor_parallel_size == 1
+            for nodes in options.tree or [fastspec.TREE] * alone:  # the latter is what LLM does
                 asked = {"tree": nodes, "top_k_tokens_per_head": options.top_k_tokens_per_head}
                 nodes, children = fastspec.read_tree(asked, self.speculator_args, self.k, 0)
                 self.modes.append((min(self.k, nodes - 1), nodes, children))
@@ -583,7 +584,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--speculator", help="directory or hub id; unset: the demo's, or none for a --checkpoint")
     add("--shape", metavar="NAME", help=f"random weights of a pair: {', '.join(SHAPES)}")
     add("--num-draft-tokens", type=int, help="tokens drafted per step; unset: all heads")
-    add("--tree", type=counts, default=[], metavar="N[,N..]", help="trees of N nodes per step, too")
+    tree = "trees of N nodes per step, too; unset: as fastspec.py"
+    add("--tree", type=counts, default=[], metavar="N[,N..]", help=tree)
     add("--top-k-tokens-per-head", type=counts, metavar="4,3,..", help="children in a tree")
     add("--draft-dtype", default="auto", choices=["auto", "int8"], help="int8: heads in 8 bits")
     add("--draft-tensor-parallel-size", type=int, default=1, help="ranks that share the speculator")
