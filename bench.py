@@ -247,6 +247,7 @@ class BenchEngine(Engine):
         """Milliseconds of draft and of verify, each compiled by itself, with `live` tokens in every
         row's cache."""
         self.length.fill_(live)
+        self.all_drafts = True
         slots, times = None if self.compiled else live - 1, []
         verify = (*self.draft_alone(noisy), slots, noisy, filtered)
         for part, args in ((self.draft_alone, (noisy,)), (self.verify_alone, verify)):
@@ -256,11 +257,11 @@ class BenchEngine(Engine):
                 part(*args)
             repeats = 20 if self.compiled else 2
             times.append(1000 * best_seconds(partial(part, *args), self.kv.device, repeats))
+        self.all_drafts = False
         return times
 
     def trace_steps(self, noisy: bool, filtered: bool) -> dict:
-        """What one step launches, and milliseconds in kernels that do nothing but communicate: not
-        in products that add up the ranks' parts."""
+        """What one step launches, and milliseconds in kernels that communicate."""
         with torch.profiler.profile() as trace:
             for _ in range(5):
                 self.wait(self.step(noisy, filtered))
@@ -283,11 +284,12 @@ class Case(LLM):
         self.options, self.modes = options, [(0, 0, ())]  # k, nodes of a tree, children in it
         if self.k:
             self.modes.append((self.k, 0, ()))
-            alone = self.device.type == "cuda" and self.batch_size == self.tensor_parallel_size == 1
-            for nodes in options.tree or [fastspec.TREE] * alone:  # the latter is what LLM does
-                asked = {"tree": nodes, "top_k_tokens_per_head": options.top_k_tokens_per_head}
-                nodes, children = fastspec.read_tree(asked, self.speculator_args, self.k, 0)
-                self.modes.append((min(self.k, nodes - 1), nodes, children))
+            children = options.top_k_tokens_per_head
+            asked = [{"tree": n, "top_k_tokens_per_head": children} for n in options.tree]
+            for tree in asked or [{}]:  # the usual one
+                found = fastspec.read_tree(tree, self.speculator_args, self.k, self.usual_tree)
+                if nodes := found[0]:
+                    self.modes.append((min(self.k, nodes - 1), *found))
 
     def load(self, ranks=None) -> None:
         super().load(ranks)  # which leads the last engine
@@ -503,8 +505,8 @@ CEILING = """\
 model {model}, speculator {speculator}, torch {torch}"""
 LEGEND = """\
 ms/step = draft + verify + rest (alone, where timed); tok/s of one sequence while it decodes, total
-of all with their prefill; floor in ms, share = floor / step; ttft in ms; peak GB of the first
-device, with the caches of all modes in memory.
+of all with their prefill; floor in ms, share = floor / step (a CPU leaves out unlikely drafts, the
+floor counts all); ttft in ms; peak GB of the first device, with the caches of all modes in memory.
 load {load_s:.1f} s, compile and capture {compile_s:.1f} s ({compiled_graphs} graphs not in a cache)
 """
 
@@ -601,7 +603,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--split",
         action=flag,
-        help="time draft and verify alone, and trace; unset: when eager",
+        help="time draft and verify alone (unset: when eager); trace a compiled step",
     )
     add("--assume-tokens-per-step", type=float, metavar="X", help="adds a projected speed-up")
     add("--vs", choices=["transformers"], help="also time its generate on the same weights")
@@ -694,7 +696,9 @@ def run(args: argparse.Namespace, ranks, root: str) -> None:
         lengths = args.prompt_len or [128]
         longest = max(lengths) + args.max_new_tokens
     new_case = partial(new_llm, max_seq_len=longest)
-    largest = new_case(batch_size=most * len(llm.modes))  # refuses what does not fit
+    cases = [new_case(batch_size=batch) for batch in args.batch]
+    rows = max(case.batch_size * len(case.modes) for case in cases)
+    largest = new_case(batch_size=rows)  # refuses what does not fit
     if not args.prompts:
         sets = {f"{n} tokens": made_requests(largest, n, most, params) for n in lengths}
     document = json.dumps(measure(args, new_case, ranks, sets))
@@ -738,8 +742,8 @@ def measure(args, new_case: Callable[..., Case], ranks, sets: dict[str, list[Req
                 ceiling = llm.engine.ceiling()
                 document = describe(llm, ceiling)
                 print(table_line(columns), flush=True)
-                modes = len(llm.modes) + bool(llm.rival)
-                bar.reset(len(args.batch) * len(sets) * modes * (1 + args.rounds))
+            modes = len(llm.modes) + bool(llm.rival)
+            bar.total = (bar.total or 0) + len(sets) * modes * (1 + args.rounds)
             document["compile_s"] += warm_up(llm, sets)
             for label, requests in sets.items():
                 count = max(batch, len(requests)) if args.prompts else batch

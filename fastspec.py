@@ -352,6 +352,7 @@ class Engine(nn.Module):
                 gpu_kernels.replace_linears(speculator, eight_bit_draft)
                 if self.draft_ranks is None and isinstance(speculator, MLPSpeculator):
                     self.draft_kernels = gpu_kernels
+        self.all_drafts = False  # on a CPU, too, which else leaves out the unlikely
         self.busy = False  # a decode loop is running
         self.ahead = int(weight.is_cuda)  # launches queued behind the one whose result is read
         self.packets: list[Packet] = []  # free pinned buffers
@@ -415,12 +416,15 @@ class Engine(nn.Module):
         """The last token and drafts, [B, N], chosen with the noise that the target will meet at
         their positions: the two then agree far more often than independent draws would. On a CPU,
         where each row of a verification costs, only as many as are likely enough in some row."""
-        all_of_them = self.compiled or self.ranks is not None or last.is_cuda
+        if self.draft_kernels is not None:  # a chain is a tree of one branch
+            tokens, _ = self.small_tree(last, root, noisy, (1,) * self.k, self.k + 1)
+            return tokens if self.ranks is None else self.ranks.same(tokens)
+        every = self.all_drafts or self.compiled or self.ranks is not None or last.is_cuda
         joint = torch.zeros(len(last), device=last.device)  # log-probability of the drafts so far
 
         def choose(logits: Tensor, position: Tensor, ids: Tensor | None) -> Tensor | None:
             logits, position = logits[:, None], position[:, None]
-            if all_of_them:
+            if every:
                 return self.choose(logits, position, ids, noisy, False, self.draft_ranks)[:, 0]
             scores = (self.scores(logits, position, ids, None) if noisy else logits)[:, 0]
             top, column = scores.max(-1)
@@ -428,11 +432,8 @@ class Engine(nn.Module):
             likely = (joint.exp() >= LIKELY) & ~self.done
             return column if likely.any() else None
 
-        if self.draft_kernels is not None:  # a chain is a tree of one branch
-            tokens, _ = self.small_tree(last, root, noisy, (1,) * self.k, self.k + 1)
-        else:
-            drafts = self.speculator.draft(self.hidden, last, root, self.k, choose)
-            tokens = torch.cat((last[:, None], drafts), dim=1)
+        drafts = self.speculator.draft(self.hidden, last, root, self.k, choose)
+        tokens = torch.cat((last[:, None], drafts), dim=1)
         return tokens if self.ranks is None else self.ranks.same(tokens)
 
     def draft_tree(self, last: Tensor, root: Tensor, noisy: bool) -> tuple[Tensor, Tensor]:
@@ -956,15 +957,17 @@ class LLM:
                 f"max_seq_len {max_seq_len} exceeds the model's context of {self.args.max_position}"
             )
         self.batch_size, self.max_seq_len = batch_size, max_seq_len
+        self.compiled = self.device.type == "cuda" if compile is None else compile
+        alone = self.device.type == "cuda" and batch_size == tensor_parallel_size == 1
+        self.usual_tree = TREE if alone and self.compiled else 0
         self.speculator_dir, self.speculator_args, self.k = None, None, 0
         self.tree, self.top_k_tokens_per_head = 0, ()
         if speculative_config is not None:
             self.speculator_dir, self.speculator_args, self.k = read_speculative_config(
                 speculative_config, self.args, self.directory
             )
-            alone = self.device.type == "cuda" and batch_size == tensor_parallel_size == 1
             self.tree, self.top_k_tokens_per_head = read_tree(
-                speculative_config, self.speculator_args, self.k, TREE if alone else 0
+                speculative_config, self.speculator_args, self.k, self.usual_tree
             )
             self.k = min(self.k, self.tree - 1) if self.tree else self.k
         self.draft_dtype = (speculative_config or {}).get("draft_dtype", "auto")
@@ -982,7 +985,6 @@ class LLM:
             self.local_args = tp.local_args(self.args, tensor_parallel_size)
             if self.k:
                 tp.check_draft(self.speculator_args, self.draft_parallel_size)
-        self.compiled = self.device.type == "cuda" if compile is None else compile
         self.packed = packs_linears(self.device, self.dtype, self.compiled)
         cache_shape = kv_cache_shape(self.local_args, batch_size, max_seq_len + self.k + 1)
         models = self.local_args, self.speculator_args if self.k else None
@@ -1275,7 +1277,7 @@ def choose_dtype(name: str, config: dict, device: torch.device, directory: Path)
         return torch.float16 if stored == "float16" else torch.bfloat16
     # Weights stored in float16 are read as such in a float32 step (HalfLinear), which is faster.
     for file in sorted(directory.glob("model*.safetensors"))[:1]:
-        with suppress(SafetensorError, StopIteration), safe_open(file, "pt") as tensors:
+        with suppress(OSError, SafetensorError, StopIteration), safe_open(file, "pt") as tensors:
             stored = tensors.get_slice(next(iter(tensors.keys()))).get_dtype()
     native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if native and stored in ("BF16", "bfloat16") else torch.float32
@@ -1714,6 +1716,7 @@ def read_row(llm: LLM, line: bytes, number: int, params: SamplingParams, chat: b
     """The request of one row: its own sampling fields, else those of `params`."""
     row = row_of(line)
     known = [f.name for f in fields(SamplingParams)]
+    # Sets of prompts for evaluation have a category.
     if unknown := row.keys() - {"id", "category", "prompt", "messages", *known}:
         known = ", ".join(["id", "prompt", "messages", *known])
         raise ValueError(f"{min(unknown)!r} is not supported; supported: {known}")

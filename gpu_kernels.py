@@ -4,10 +4,10 @@
 instead of sixteen. A small batch moves every weight through the bus once and computes little, so
 each kernel is shaped to keep the bus busy:
 
-- `_linear`: a product of few rows. The weights are the matrix instruction's tall operand (64 rows
-  of W), the tokens its narrow one (16 or 32), loads are several tiles ahead of the arithmetic, and
-  matrices of few rows are cut along K so that every multiprocessor has work. One token needs no
-  matrix instruction.
+- `_linear`: a product of few rows. The weights are the matrix instruction's tall operand (up to 64
+  rows of W), the tokens its narrow one (16 or 32), loads are several tiles ahead of the arithmetic,
+  and matrices of few rows are cut along K so that every multiprocessor has work. One token needs
+  no matrix instruction.
 - RMS norm costs no kernel: the producer of x also writes x * weight and the sums of x^2 by tile,
   and the next product scales its result by rsqrt(mean(x^2) + eps). SiLU, bias and the residual
   are applied where the result is written.
@@ -15,7 +15,7 @@ each kernel is shaped to keep the bus busy:
 - Each kernel may start while the one before drains (programmatic dependent launch), and then
   waits for its data.
 
-Every operation has a plain equivalent beside it, which also serves more than MOST_ROWS rows.
+Every operation has a plain equivalent, here or in the module that uses it.
 
 Letters in shape comments: B rows, N tokens per row, M = B * N, D hidden width, R rows and C columns
 of a weight, T tiles of R, H query heads, K KV heads, G = H / K, E head_dim, S cache slots,
@@ -34,7 +34,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 MOST_ROWS = 32  # of a small product; more rows are the library's
-TILE = 64  # rows of a weight per program: what one matrix instruction takes
+TILE = 64  # most rows of a weight per program: what one matrix instruction takes
 MOST_TILES = 65536  # counted at once
 
 
@@ -168,19 +168,19 @@ def _linear(
 
 
 def tiling(R: int, C: int, M: int) -> dict:
-    """How to cut a product with w [R, C], as measured on an H100 and an H200: narrow matrices along
-    C too, and 80 kB of loads under way; those of a small model into small tiles. One row needs no
-    matrix instruction: its loads are all under way at once."""
+    """How to cut a product of M rows with w [R, C], as measured on an H100 and an H200: narrow
+    matrices along C too, and 80 kB of loads under way; those of a small model into small tiles. One
+    row needs no matrix instruction: its loads are all under way at once."""
     if M == 1 and C <= 4096:
         tile, warps = 8 if R >= 96 * TILE and C > 1024 else 4, 2 if C > 3072 else 4
         return {"ROWS": 1, "TILE": tile, "DEEP": 512, "SPLITS": 1, "num_warps": warps}
+    tile = {"ROWS": max(16, triton.next_power_of_2(M)), "TILE": TILE}
     if M <= 16 and R <= 3072 and C <= 1024 and C % 64 == 0:
-        tile = 16 if R <= 1024 else 32
-        return {"TILE": tile, "DEEP": 64, "SPLITS": 1, "num_stages": 8, "num_warps": 2}
+        tile["TILE"] = 16 if R <= 1024 else 32
+        return tile | {"DEEP": 64, "SPLITS": 1, "num_stages": 8, "num_warps": 2}
     splits = 4 if R < 96 * TILE and C % (4 * 128) == 0 and C >= 1024 else 1
     deep = 128 if C // splits % 128 == 0 else 64
-    tile = {"DEEP": deep, "SPLITS": splits}
-    return tile | {"num_stages": 512 // deep, "num_warps": 4}
+    return tile | {"DEEP": deep, "SPLITS": splits, "num_stages": 512 // deep, "num_warps": 4}
 
 
 def small(
@@ -189,24 +189,23 @@ def small(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """(out, weighted, squares) of `_linear` for x [M, C], w [R, C]."""
     (M, C), R = x.shape, w.shape[0]
-    tile = tile or tiling(R, C, M)
-    rows = tile.get("ROWS", max(16, triton.next_power_of_2(M)))
-    TILE = tile.get("TILE", 64)
-    tile = {k: v for k, v in tile.items() if k not in ("TILE", "ROWS")}
-    tiles, splits = triton.cdiv(R, TILE), tile["SPLITS"]
+    tile = tiling(R, C, M) | (tile or {})
+    rows, splits, tiles = tile["ROWS"], tile["SPLITS"], triton.cdiv(R, tile["TILE"])
     if out is None:
         out = x.new_empty(M, R // 2 if gated else R, dtype=dtype or x.dtype)
     weighted = torch.empty_like(out) if norm is not None else None
     out_squares = x.new_empty(tiles, M, dtype=torch.float32) if norm is not None else None
-    part = x.new_empty(splits * tiles * TILE * rows, dtype=torch.float32) if splits > 1 else None
+    part = None
+    if splits > 1:
+        part = x.new_empty(splits * tiles * tile["TILE"] * rows, dtype=torch.float32)
     cos, sin = angles or (None, None)
     in_tiles = len(squares) if squares is not None else 1
-    even = C % (tile["DEEP"] * splits) == 0 and R % TILE == 0
+    even = rows > 1 and C % (tile["DEEP"] * splits) == 0 and R % tile["TILE"] == 0
     pdl = {"launch_pdl": True} if x.is_cuda else {}
     _linear[(tiles, splits)](
         x, w, row_scale, bias, squares, residual, norm, cos, sin, out, weighted, out_squares, part,
         counters(x.device), M, R, in_tiles, turned, eps,
-        E=2 * cos.shape[1] if angles else 1, C=C, ROWS=rows, TILE=TILE, GATED=gated, EVEN=even,
+        E=2 * cos.shape[1] if angles else 1, C=C, GATED=gated, EVEN=even,
         IN_TILES=triton.next_power_of_2(in_tiles), PDL=x.is_cuda,
         **tile, **pdl,
     )  # fmt: skip
@@ -410,7 +409,7 @@ def add_linear(
 
 @add_linear.register_fake
 def _(x, w, bias, residual, norm):
-    tile = tiling(*w.shape, len(x)).get("TILE", TILE)
+    tile = tiling(*w.shape, len(x))["TILE"]
     squares = x.new_empty(triton.cdiv(len(w), tile), len(x), dtype=torch.float32)
     return torch.empty_like(residual), torch.empty_like(residual), squares
 
@@ -661,6 +660,7 @@ def choose(
     top_p and min_p [B] the tokens are filtered first.
     """
     B, n, V = logits.shape
+    assert B * n <= MOST_TILES
     blocks = triton.cdiv(V, BLOCK)
     cuda = logits.is_cuda
     options = {"BLOCK": BLOCK, "BLOCKS": triton.next_power_of_2(blocks), "PDL": cuda}
@@ -953,11 +953,13 @@ def draft(
     for i, k in enumerate(children):
         C, shared, after = counts[i], min(i, last), first + counts[i]
         y = few_rows(state, proj[min(i, len(proj) - 1)], torch.float32)  # [B * C above, W]
-        source = {"token": columns[:, first:], "parent": parents[:, first:], "first": old}
-        source |= {"stride": n, "old_n": counts[i - 1]}
+        source = from_root
+        if i:
+            source = {"token": columns[:, first:], "parent": parents[:, first:], "first": old}
+            source |= {"stride": n, "old_n": counts[i - 1]}
         state = next_state(
             y, emb=emb[shared], weight=norm[shared], bias=bias[shared], token_scale=token_scale,
-            dtype=hidden.dtype, M=B * C, n=C, **(source if i else from_root),
+            dtype=hidden.dtype, M=B * C, n=C, **source,
         )  # fmt: skip
         scale = row_scale[shared] if row_scale else None
         logits = few_rows(state, head[shared], torch.float32, scale)  # [B * C, V]

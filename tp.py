@@ -240,8 +240,7 @@ class Ranks:
         return ops.wait_tensor(getattr(ops, name)(x.contiguous(), *args, self.group))
 
     def sum(self, x: Tensor) -> Tensor:
-        nbytes = x.numel() * x.itemsize  # also where the compiler knows no number
-        small = nbytes <= ONE_SHOT_SUMS and nbytes % 16 == 0
+        small = x.nbytes <= ONE_SHOT_SUMS and x.nbytes % 16 == 0
         if small and x.dtype in one_shot_memory:
             return one_shot_sum(x.contiguous(), self.group)
         return self.collective("all_reduce", x, "sum")

@@ -87,8 +87,8 @@ def write_text(engine: Engine, requests: list[Request], file: Path, most=math.in
                 answers.append([])
                 yield requests[i]
 
-    needs = (True, False)  # greedy requests, too: one compiled step writes all of the text
-    steps = decode_loop(engine, taken(), needs) if todo else ()  # else there is nothing to compile
+    needs = (True, False)  # greedy requests, too: one captured step writes all of the text
+    steps = decode_loop(engine, taken(), needs) if todo else ()  # else there is nothing to capture
     bar = tqdm(total=len(requests), initial=len(done), desc=file.stem, unit="row", disable=None)
     with bar, open(file, "a") as out:
         for progress in steps:
@@ -240,7 +240,7 @@ class HeadLosses(nn.Module):
         self.speculator, ids = speculator, speculator.draft_ids
         self.register_buffer("output", output if ids is None else output[ids])  # [V or drafted, D]
         if output.is_cuda:
-            self.compile()  # logits as wide as the vocabulary stay in 16 bits
+            self.compile()  # fewer copies of logits as wide as the vocabulary
 
     def forward(self, state: Tensor, tokens: Tensor, teacher: Tensor, inside: Tensor) -> Tensor:
         """Loss [n] of the heads; see States.examples for the arguments."""
@@ -277,7 +277,6 @@ def acceptance(speculator: MLPSpeculator, states: States) -> list[float]:
 
 # --- training ----------------------------------------------------------------------------------
 
-MOST_ROWS = 2048
 LOG_EVERY = 500
 CPU_ROOM = 2e9  # bytes of hidden states
 
@@ -388,6 +387,7 @@ def report(args: Namespace, llm: LLM, target: Transformer, sets: dict) -> None:
         requests = asked(sets[name], [temperature], args)
         width = {"batch_size": min(len(requests), 128), "max_seq_len": llm.max_seq_len}
         llm.engine = Engine(target, speculator, **width, num_draft_tokens=llm.k)
+        llm.engine.all_drafts = True
         outputs = [output for *_, output in llm.run(requests) if output is not None]
         answers = [output.outputs[0].token_ids for output in outputs]
         steps, tokens = sum(output.steps for output in outputs), sum(map(len, answers))
@@ -473,7 +473,7 @@ def parse_arguments(argv: list[str] | None) -> Namespace:
     add("--own-prompts", type=int, default=2, help="that the target adds to each given one (2)")
     add("--max-new-tokens", type=int, default=256, help="tokens per answer (256)")
     add("--tokens", type=int, help="of text at most; unset: answer all prompts")
-    add("--rows", type=int, help="answers written together; unset: what half the memory holds")
+    add("--rows", type=int, help="answers written together; unset: as a GPU's memory allows")
     add("--steps", type=int, default=10000, help="training steps (10000)")
     add("--batch-size", type=int, default=8192, help="positions per step and GPU (8192)")
     add("--learning-rate", type=float, default=3e-3, help="its peak (0.003)")
@@ -531,18 +531,22 @@ def keep_settings(args: Namespace, prompts: list[Request]) -> None:
 
 def captured(step: Callable) -> Callable:
     """A decode step as one CUDA graph of just what it does: for a batch so wide a compiler gains
-    little, and takes a minute."""
+    little, and takes a minute. The first call does two steps: it is `Engine.warm_up`'s."""
     graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
 
     def replay(*args) -> None:
         if args not in graphs:
             step(*args)  # warm-up
             graphs[args] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graphs[args]):
+            # NCCL's watchdog is another thread, and asks for events.
+            with torch.cuda.graph(graphs[args], capture_error_mode="thread_local"):
                 step(*args)
         graphs[args].replay()
 
     return replay
+
+
+MOST_ROWS = 2048  # more gain nothing
 
 
 def rows_that_fit(target: Transformer, width: int) -> int:
@@ -569,9 +573,11 @@ def run(args: Namespace) -> None:
         dist.init_process_group("nccl" if llm.device.type == "cuda" else "gloo")
         if args.rank:
             dist.barrier()  # rank 0 writes the settings that the others read
-    keep_settings(args, prompts)
-    if args.world > 1 and not args.rank:
-        dist.barrier()
+    try:
+        keep_settings(args, prompts)
+    finally:
+        if args.world > 1 and not args.rank:
+            dist.barrier()
 
     target = load_model(llm.directory, llm.device, llm.dtype)
     width, compiled = llm.max_seq_len, llm.compiled
@@ -584,7 +590,6 @@ def run(args: Namespace) -> None:
     held_out = write_text(engine, asked(sets["held-out"], [0.0], args), file)
     print(f"train: {sum(len(answer) for _, answer in texts)} tokens of text", file=sys.stderr)
     del engine  # with its cache and graphs
-    torch._dynamo.reset()
     gc.collect()
     torch.cuda.empty_cache()
 

@@ -278,6 +278,8 @@ def test_a_cpu_verifies_likely_drafts_only(model, speculator, monkeypatch, tempe
         assert run(engine, PROMPTS[:2], params, seed=4)[0] == expected
     most = engine.k + 1
     assert found[0.0] == {most} and found[1.0] == {1}
+    engine.all_drafts = True  # as bench.py times them, in rows that have ended
+    assert engine.draft(torch.tensor([1, 2]), torch.tensor([0, 0]), False).shape == (2, most)
     assert {2, 3} <= set().union(*found.values())
 
 

@@ -166,7 +166,8 @@ def test_small_product_equals_plain(M, R, C, splits):
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("total", [None, lambda y: y])
-def test_forward_equals_the_transformer(bias, total):
+@pytest.mark.parametrize(("B", "N"), [(1, 1), (2, 3), (2, 9)])  # each with tiles of its own
+def test_forward_equals_the_transformer(bias, total, B, N):
     """Rope inside the products, norms across them; trees of each row's own. float32."""
     torch.manual_seed(0)
     args = ModelArgs(128, 2, 4, 2, 64, 64, 50, attention_bias=bias, mlp_bias=bias)
@@ -174,16 +175,28 @@ def test_forward_equals_the_transformer(bias, total):
     model.inv_freq = model.inv_freq.to(DEVICE)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.2)
-    B, N, S = 2, 3, 80
-    tokens, cached = torch.randint(0, 50, (B, N)).to(DEVICE), torch.tensor([70, 5]).to(DEVICE)
-    kv = random(*kv_cache_shape(args, B, S))
+    tokens, cached = torch.randint(0, 50, (B, N)).to(DEVICE), torch.tensor([70, 5]).to(DEVICE)[:B]
+    kv = random(*kv_cache_shape(args, B, 80))
     ancestors = torch.ones(N, N, dtype=torch.bool).tril().expand(B, -1, -1).clone()
-    ancestors[1, 2, 1] = False
+    ancestors[1:, 2:, 1:2] = False
     inputs = tokens, cached[:, None] + torch.arange(N).to(DEVICE), kv, cached, ancestors.to(DEVICE)
     assert fits(args, B * N)
     with torch.inference_mode():
         for ours, plain in zip(forward(model, *inputs, total), model(*inputs), strict=True):
             torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("M", [1, 5, 20])
+def test_what_the_compiler_is_told_of_shapes_is_so(M):
+    """The number of sums depends on how a product is cut."""
+    torch.manual_seed(0)
+    x, w, residual, norm = random(M, 128), random(192, 128), random(M, 192), random(192)
+    for op, args in (
+        (torch.ops.fastspec.add_linear, (x, w, None, residual, norm)),
+        (torch.ops.fastspec.linear, (x, w, None, torch.float32)),
+        (torch.ops.fastspec.gated_linear, (x, random(3, M), 1e-5, w, None)),
+    ):
+        torch.library.opcheck(op, args, test_utils="test_faketensor")
 
 
 def test_what_forward_does_not_take():

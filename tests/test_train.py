@@ -335,6 +335,21 @@ def draft_config(**changes):
     return train.speculator_config(SimpleNamespace(**options), target)
 
 
+def test_deep_heads_learn_from_the_first_half_of_a_batch():
+    """Their losses are those of that half alone, the others' those of the whole batch."""
+    torch.manual_seed(0)
+    n = train.DEEP + 2
+    args = SpeculatorArgs(48, 32, n, 97, tie_weights=True)
+    losses = HeadLosses(train.new_speculator(args, [], 0, "cpu"), torch.randn(97, 48))
+    batch = [torch.randn(6, 48), torch.randint(97, (6, n + 1)), torch.randn(6, n, 48)]
+    batch.append(torch.ones(6, n, dtype=torch.bool))
+    whole, half = losses(*batch), losses(*(x[:3] for x in batch))
+    changed = losses(*(torch.cat((x[:3], x[:3])) for x in batch))  # another second half
+    assert torch.equal(whole[train.DEEP :], changed[train.DEEP :])
+    assert (whole[: train.DEEP] != changed[: train.DEEP]).all()
+    assert torch.allclose(half[: train.DEEP], changed[: train.DEEP])
+
+
 @pytest.mark.parametrize("tie", [True, False])
 @pytest.mark.parametrize("drafted", [None, 12])
 def test_saved_weights_load_as_they_were(tmp_path, tie, drafted):
@@ -471,6 +486,7 @@ def test_several_processes_train_one_speculator(target, prompts, tmp_path):
     """torchrun with two: each writes half of the text, and one set of weights comes out."""
     argv = ["--checkpoint", target, "--prompts", prompts, "--output", tmp_path, "--n-predict", 3]
     options = {"steps": 150, "batch-size": 128, "inner-dim": 32, "rows": 16, "own-prompts": 0}
+    options |= {"draft-vocab-size": 60}  # one for both
     argv += [word for name, value in options.items() for word in (f"--{name}", value)]
     script = Path(train.__file__)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
