@@ -696,9 +696,8 @@ def run(args: argparse.Namespace, ranks, root: str) -> None:
         lengths = args.prompt_len or [128]
         longest = max(lengths) + args.max_new_tokens
     new_case = partial(new_llm, max_seq_len=longest)
-    cases = [new_case(batch_size=batch) for batch in args.batch]
-    rows = max(case.batch_size * len(case.modes) for case in cases)
-    largest = new_case(batch_size=rows)  # refuses what does not fit
+    modes = len(new_case(batch_size=most).modes)
+    largest = new_case(batch_size=most * modes)  # refuses what does not fit
     if not args.prompts:
         sets = {f"{n} tokens": made_requests(largest, n, most, params) for n in lengths}
     document = json.dumps(measure(args, new_case, ranks, sets))

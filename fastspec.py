@@ -414,13 +414,21 @@ class Engine(nn.Module):
 
     def draft(self, last: Tensor, root: Tensor, noisy: bool) -> Tensor:
         """The last token and drafts, [B, N], chosen with the noise that the target will meet at
-        their positions: the two then agree far more often than independent draws would. On a CPU,
-        where each row of a verification costs, only as many as are likely enough in some row."""
+        their positions: the two then agree far more often than independent draws would."""
         if self.draft_kernels is not None:  # a chain is a tree of one branch
             tokens, _ = self.small_tree(last, root, noisy, (1,) * self.k, self.k + 1)
-            return tokens if self.ranks is None else self.ranks.same(tokens)
-        every = self.all_drafts or self.compiled or self.ranks is not None or last.is_cuda
-        joint = torch.zeros(len(last), device=last.device)  # log-probability of the drafts so far
+        else:
+            choose = self.draft_chooser(noisy)
+            drafts = self.speculator.draft(self.hidden, last, root, self.k, choose)
+            tokens = torch.cat((last[:, None], drafts), dim=1)
+        return tokens if self.ranks is None else self.ranks.same(tokens)
+
+    def draft_chooser(self, noisy: bool) -> Callable[..., Tensor | None]:
+        """How `speculator.draft` chooses. On a CPU, where each row of a verification costs, it ends
+        where no row's drafts are likely enough any more."""
+        every = self.all_drafts or self.compiled or self.ranks is not None or self.hidden.is_cuda
+        # Log-probability of the drafts so far, by row.
+        joint = torch.zeros(self.batch_size, device=self.hidden.device)
 
         def choose(logits: Tensor, position: Tensor, ids: Tensor | None) -> Tensor | None:
             logits, position = logits[:, None], position[:, None]
@@ -432,9 +440,7 @@ class Engine(nn.Module):
             likely = (joint.exp() >= LIKELY) & ~self.done
             return column if likely.any() else None
 
-        drafts = self.speculator.draft(self.hidden, last, root, self.k, choose)
-        tokens = torch.cat((last[:, None], drafts), dim=1)
-        return tokens if self.ranks is None else self.ranks.same(tokens)
+        return choose
 
     def draft_tree(self, last: Tensor, root: Tensor, noisy: bool) -> tuple[Tensor, Tensor]:
         """Tokens and parents [B, N] of a tree of drafts, chosen with the same noise."""

@@ -546,7 +546,7 @@ def captured(step: Callable) -> Callable:
     return replay
 
 
-MOST_ROWS = 2048  # more gain nothing
+MOST_ROWS = 2048  # more were not tried
 
 
 def rows_that_fit(target: Transformer, width: int) -> int:

@@ -218,6 +218,32 @@ class Scripted(nn.Module):
         return (tokens + wrong) % self.vocab_size
 
 
+def runs_of_one_graph(engine, prompts, run):
+    """What run() gives, (texts, accepted drafts), with drafts as data of one graph: always wrong,
+    always right, and wrong at every fifth position. The engine's speculator is a Scripted."""
+    scripted = engine.speculator
+    width = scripted.script.shape[1]
+    scripted.script.zero_(), scripted.wrong_every.fill_(10**9)
+    text, _ = run()
+    # Always wrong: a draft token that never appears.
+    scripted.script.fill_(min(set(range(scripted.vocab_size)) - set().union(*text)))
+    runs = [run()]
+    scripted.script.copy_(script_for(prompts, runs[0][0], width))
+    for wrong_every in (10**9, 5):
+        scripted.wrong_every.fill_(wrong_every)
+        runs.append(run())
+    return runs
+
+
+def launches(engine, noisy=False):
+    """What five steps launch, by name; T > 0 with filters if noisy."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        for _ in range(5):
+            engine.wait(engine.step(noisy, noisy))
+    return {e.key: e.count for e in profile.key_averages() if "Launch" in e.key}
+
+
 def script_for(prompts, answers, max_seq_len=256):
     """The right tokens by row and position."""
     script = torch.zeros(len(prompts), max_seq_len, dtype=torch.int64)

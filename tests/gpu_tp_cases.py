@@ -7,7 +7,7 @@ import sys
 
 import torch
 import torch.distributed as dist
-from conftest import Scripted, script_for
+from conftest import Scripted, launches, runs_of_one_graph
 
 import tp
 from fastspec import Engine, Request, SamplingParams, decode_loop
@@ -63,26 +63,7 @@ def run(engine, params):
 def chain(engine, temperature):
     """Texts and accepted drafts with drafts that are always wrong, right, and right at times."""
     params = SamplingParams(temperature=temperature, top_p=0.95, max_tokens=WIDTH - 40)
-    scripted = engine.speculator
-    scripted.script.zero_(), scripted.wrong_every.fill_(10**9)
-    text, _ = run(engine, params)
-    # Always wrong: a draft token that never appears.
-    scripted.script.fill_(min(set(range(ARGS.vocab_size)) - {*text[0], *text[1]}))
-    runs = [run(engine, params)]
-    scripted.script.copy_(script_for(PROMPTS, runs[0][0], WIDTH))
-    for wrong_every in (10**9, 5):
-        scripted.wrong_every.fill_(wrong_every)
-        runs.append(run(engine, params))
-    return runs
-
-
-def launches(engine):
-    """Of five steps."""
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
-        for _ in range(5):
-            engine.wait(engine.step(False, False))
-    return {e.key: e.count for e in profile.key_averages() if "Launch" in e.key}
+    return runs_of_one_graph(engine, PROMPTS, lambda: run(engine, params))
 
 
 def sums(ranks, device):
