@@ -36,6 +36,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 MOST_ROWS = 32  # of a small product; more rows are the library's
 TILE = 64  # most rows of a weight per program: what one matrix instruction takes
 MOST_TILES = 65536  # counted at once
+NEAR = tl.constexpr(1536)  # columns of a matrix so small that all of x is in the nearest cache
 
 
 @functools.cache
@@ -48,11 +49,21 @@ def counters(device: torch.device) -> Tensor:
 
 
 @triton.jit
+def _weights(w_at, r_in, c_in, EVEN: tl.constexpr):
+    """A tile of weights, all of them inside if EVEN. Nothing reads them again before they are gone
+    from the cache."""
+    if EVEN:
+        return tl.load(w_at, eviction_policy="evict_first")
+    known = r_in[:, None] & c_in[None, :]
+    return tl.load(w_at, mask=known, other=0, eviction_policy="evict_first")
+
+
+@triton.jit
 def _linear(
     x, w, row_scale, bias, squares, residual, norm, cos, sin, out, weighted, out_squares, part,
     count, M, R, in_tiles, turned, eps,
     E: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
-    DEEP: tl.constexpr, SPLITS: tl.constexpr,
+    DEEP: tl.constexpr, SPLITS: tl.constexpr, WHOLE: tl.constexpr,
     IN_TILES: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out [M, R] = x [M, C] @ w [R, C]^T, one tile of TILE rows of w and one part of C a program.
@@ -61,7 +72,8 @@ def _linear(
     the input's squares, whose root mean it is divided by; bias [R] and residual [M, R] are added;
     with norm [R], weighted [M, R] = out * norm and out_squares [T, M] are written for the next
     product. GATED: w holds gate and up rows, out [M, R / 2] = silu(gate) * up. With cos and sin
-    [M, E / 2], heads of E rows are turned by these angles, as far as row `turned`.
+    [M, E / 2], heads of E rows are turned by these angles, as far as row `turned`. WHOLE: all of a
+    program's weights are on their way before it waits for x.
     """
     tile, split = tl.program_id(0), tl.program_id(1)
     m, i, k = tl.arange(0, ROWS), tl.arange(0, TILE), tl.arange(0, DEEP)
@@ -80,22 +92,37 @@ def _linear(
         gdc_launch_dependents()
     begin = split * (C // SPLITS)
     w_at = w + r[:, None].to(tl.int64) * C
-    if PDL:
-        gdc_wait()
     if GATED:
         column = tile * half + tl.arange(0, half)
         width = R // 2
     else:
         column = r
         width = R
+    if row_scale is not None:
+        of_row = tl.load(row_scale + r, mask=r_in, other=0.0)
+    if bias is not None:
+        shift = tl.load(bias + r, mask=r_in, other=0.0).to(tl.float32)
+    if norm is not None:
+        weight = tl.load(norm + column, mask=column < width, other=0.0).to(tl.float32)
+    if WHOLE:
+        parts = ()
+        for start in tl.static_range(0, C // SPLITS, DEEP):
+            c_in = start + k < C // SPLITS
+            parts += (_weights(w_at + (begin + start + k)[None, :], r_in, c_in, EVEN),)
+    if PDL:
+        gdc_wait()
     at = m[None, :] * width + column[:, None]
     inside = (m < M)[None, :] & (column < width)[:, None]
     # What the end needs is asked for here, not when the product waits for it.
     if squares is not None:
         t = tl.arange(0, IN_TILES)
-        known = (t < in_tiles)[:, None] & (m < M)[None, :]
-        sums = tl.load(squares + t[:, None] * M + m[None, :], mask=known, other=0.0)
-        scale = tl.rsqrt(tl.sum(sums, axis=0) / C + eps)[None, :]
+        if ROWS == 1:
+            scale = tl.sum(tl.load(squares + t, mask=t < in_tiles, other=0.0), axis=0)
+        else:
+            known = (t < in_tiles)[:, None] & (m < M)[None, :]
+            sums = tl.load(squares + t[:, None] * M + m[None, :], mask=known, other=0.0)
+            scale = tl.sum(sums, axis=0)[None, :]
+        scale = tl.rsqrt(scale / C + eps)
     if residual is not None:
         old = tl.load(residual + at, mask=inside, other=0.0)
     if cos is not None:
@@ -105,27 +132,32 @@ def _linear(
         s = tl.load(sin + angle, mask=turn, other=0.0)
 
     acc = tl.zeros([TILE, ROWS], dtype=tl.float32)
-    if ROWS == 1:  # unrolled, so that all loads are under way at once
+    if ROWS == 1:
         wide = tl.zeros([TILE, DEEP], dtype=tl.float32)
         for start in tl.static_range(0, C // SPLITS, DEEP):
-            at_c = begin + start + k
-            c_in = at_c < begin + C // SPLITS
-            known = r_in[:, None] & c_in[None, :]
-            a = tl.load(w_at + at_c[None, :], mask=known, other=0, eviction_policy="evict_first")
-            b = tl.load(x + at_c, mask=c_in, other=0.0)
-            wide += a.to(tl.float32) * b.to(tl.float32)[None, :]
-        acc += tl.sum(wide, axis=1)[:, None]
+            at_c = (start + k)[None, :]
+            if C <= NEAR:  # loaded by every thread that multiplies it, not handed on
+                at_c += (i * 0)[:, None]
+            b = tl.load(x + begin + at_c, mask=at_c < C // SPLITS, other=0.0)
+            wide += parts[start // DEEP].to(tl.float32) * b.to(tl.float32)
+        acc += tl.reshape(tl.sum(wide, axis=1), [TILE, 1])
+    elif WHOLE:
+        xs = ()
+        for start in tl.static_range(0, C // SPLITS, DEEP):
+            x_in = (m < M)[None, :] & (start + k < C // SPLITS)[:, None]
+            x_at = x + m[None, :] * C + (begin + start + k)[:, None]
+            xs += (tl.load(x_at, mask=x_in, other=0.0),)
+        for start in tl.static_range(0, C // SPLITS, DEEP):
+            b = xs[start // DEEP]
+            acc = tl.dot(parts[start // DEEP].to(b.dtype), b, acc, input_precision="ieee")
     else:
         for start in range(0, C // SPLITS, DEEP):
-            at_c = begin + start + k
-            if EVEN:
-                a = tl.load(w_at + at_c[None, :], eviction_policy="evict_first")
-                b = tl.load(x + m[None, :] * C + at_c[:, None], mask=(m < M)[None, :], other=0.0)
-            else:
-                c_in = at_c < begin + C // SPLITS
-                a = tl.load(w_at + at_c[None, :], mask=r_in[:, None] & c_in[None, :], other=0)
-                x_in = (m < M)[None, :] & c_in[:, None]
-                b = tl.load(x + m[None, :] * C + at_c[:, None], mask=x_in, other=0.0)
+            at_c, c_in = begin + start + k, start + k < C // SPLITS
+            a = _weights(w_at + at_c[None, :], r_in, c_in, EVEN)
+            x_in = (m < M)[None, :]
+            if not EVEN:
+                x_in &= c_in[:, None]
+            b = tl.load(x + m[None, :] * C + at_c[:, None], mask=x_in, other=0.0)
             acc = tl.dot(a.to(b.dtype), b, acc, input_precision="ieee")
 
     last = True
@@ -141,11 +173,11 @@ def _linear(
                 acc += tl.load(part + here + other * TILE * ROWS, cache_modifier=".cg")
             tl.store(count + tile, 0)
         if row_scale is not None:
-            acc *= tl.load(row_scale + r, mask=r_in, other=0.0)[:, None]
+            acc *= of_row[:, None]
         if squares is not None:
             acc *= scale
         if bias is not None:
-            acc += tl.load(bias + r, mask=r_in, other=0.0).to(tl.float32)[:, None]
+            acc += shift[:, None]
         if GATED or cos is not None:
             y1, y2 = tl.split(tl.permute(tl.reshape(acc, [2, half, ROWS]), [1, 2, 0]))
         if GATED:
@@ -161,26 +193,31 @@ def _linear(
         tl.store(out + at, y, mask=inside)
         if norm is not None:
             y = y.to(tl.float32)
-            weight = tl.load(norm + column, mask=column < width, other=0.0).to(tl.float32)
             scaled = (y * weight[:, None]).to(weighted.dtype.element_ty)
             tl.store(weighted + at, scaled, mask=inside)
             tl.store(out_squares + tile * M + m, tl.sum(y * y, axis=0), mask=m < M)
 
 
 def tiling(R: int, C: int, M: int) -> dict:
-    """How to cut a product of M rows with w [R, C], as measured on an H100 and an H200: narrow
-    matrices along C too, and 80 kB of loads under way; those of a small model into small tiles. One
-    row needs no matrix instruction: its loads are all under way at once."""
-    if M == 1 and C <= 4096:
-        tile, warps = 8 if R >= 96 * TILE and C > 1024 else 4, 2 if C > 3072 else 4
-        return {"ROWS": 1, "TILE": tile, "DEEP": 512, "SPLITS": 1, "num_warps": warps}
-    tile = {"ROWS": max(16, triton.next_power_of_2(M)), "TILE": TILE}
-    if M <= 16 and R <= 3072 and C <= 1024 and C % 64 == 0:
-        tile["TILE"] = 16 if R <= 1024 else 32
-        return tile | {"DEEP": 64, "SPLITS": 1, "num_stages": 8, "num_warps": 2}
-    splits = 4 if R < 96 * TILE and C % (4 * 128) == 0 and C >= 1024 else 1
+    """How to cut a product of M rows with w [R, C], as measured on an H100: narrow matrices along C
+    too, and 80 kB of loads under way. One row needs no matrix instruction, only many loads."""
+    many = R >= 96 * TILE
+    if M == 1:
+        tile = {"ROWS": 1, "DEEP": 512, "SPLITS": 1, "WHOLE": True}
+        if C > 8192:
+            splits = next(s for s in range(C // 2048, C) if C % (s * 64) == 0)
+            return tile | {"TILE": 8, "SPLITS": splits, "num_warps": 4}
+        if many:
+            return tile | {"TILE": 4, "num_warps": 2 if 1536 < C <= 4096 else 4}
+        if C <= 1536:
+            return tile | {"TILE": 2, "num_warps": 2 if R > 1024 else 4}
+        return tile | {"TILE": 16 if C <= 4096 else 8, "num_warps": 8}
+    splits = 4 if not many and C % (4 * 128) == 0 and C >= 1024 else 1
+    tile = {"ROWS": max(16, triton.next_power_of_2(M)), "TILE": TILE, "SPLITS": splits}
+    whole = M <= 16 and C // splits <= 640
     deep = 128 if C // splits % 128 == 0 else 64
-    return tile | {"DEEP": deep, "SPLITS": splits, "num_stages": 512 // deep, "num_warps": 4}
+    stages = {"num_stages": 512 // deep, "num_warps": 4}
+    return tile | {"DEEP": deep, "WHOLE": whole} | stages
 
 
 def small(
@@ -200,7 +237,7 @@ def small(
         part = x.new_empty(splits * tiles * tile["TILE"] * rows, dtype=torch.float32)
     cos, sin = angles or (None, None)
     in_tiles = len(squares) if squares is not None else 1
-    even = rows > 1 and C % (tile["DEEP"] * splits) == 0 and R % tile["TILE"] == 0
+    even = C % (tile["DEEP"] * splits) == 0 and R % tile["TILE"] == 0
     pdl = {"launch_pdl": True} if x.is_cuda else {}
     _linear[(tiles, splits)](
         x, w, row_scale, bias, squares, residual, norm, cos, sin, out, weighted, out_squares, part,
@@ -225,6 +262,18 @@ PROGRAMS = 256  # if there are as many anyway, no head's splits are shared
 
 
 @triton.jit
+def _fold(queries, keys, values, seen, scale, top, total, y):
+    """Take keys and values [SPLIT WIDTH] into the maxima, sums and numerators of a softmax."""
+    scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
+    scores = tl.where(seen, scores, float("-inf"))
+    higher = tl.maximum(top, tl.max(scores, axis=1))
+    base = tl.where(higher == float("-inf"), 0.0, higher)  # a query may see nothing yet
+    p, kept = tl.exp(scores - base[:, None]), tl.exp(top - base)
+    y = tl.dot(p.to(values.dtype), values, y * kept[:, None], input_precision="ieee")
+    return higher, total * kept + tl.sum(p, axis=1), y
+
+
+@triton.jit
 def _attend(
     qkv, kv, cached, ancestors, out, part, stats, count, scale, S, value_offset, row_ancestors,
     N: tl.constexpr, G: tl.constexpr, K: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr,
@@ -239,40 +288,48 @@ def _attend(
     b, head = bk // K, bk % K
     if PDL:
         gdc_launch_dependents()
-        gdc_wait()
+    # What earlier steps cached, of which the first split is loaded before the wait.
     root = tl.load(cached + b).to(tl.int32)
     live = (root + N + SPLIT - 1) // SPLIT
+    i, e, slot = tl.arange(0, ROWS), tl.arange(0, WIDTH), mine * SPLIT + tl.arange(0, SPLIT)
+    in_cache = (slot < root)[:, None]
+    cache_at = kv + (bk * S + slot).to(tl.int64)[:, None] * E + e[None, :]
+    old_keys = tl.load(cache_at, mask=in_cache & (e < E)[None, :], other=0.0)  # [SPLIT WIDTH]
+    old_values = tl.load(cache_at + value_offset, mask=in_cache & (e < E)[None, :], other=0.0)
+    if PDL:
+        gdc_wait()
     if mine < live:
-        i, e = tl.arange(0, ROWS), tl.arange(0, WIDTH)
         query = block * ROWS + i
         node, in_head, real = query % N, (e < E)[None, :], query < N * G
         width: tl.constexpr = (G + 2) * K * E  # of a token's q, k and v
         q_at = ((b * N + node) * width + (head * G + query // N) * E)[:, None] + e[None, :]
         queries = tl.load(qkv + q_at, mask=real[:, None] & in_head, other=0.0)  # [ROWS WIDTH]
+        seen_at = ancestors + b * row_ancestors + node[:, None] * N - root
+        own_at = qkv + (b * N - root) * width + (G * K + head) * E + e[None, :]
+        own = (slot >= root) & (slot < root + N)
+        seen = tl.load(seen_at + slot[None, :], mask=own[None, :], other=0) != 0
+        key_at, there = own_at + slot[:, None] * width, own[:, None] & in_head
+        keys = tl.where(in_cache, old_keys, tl.load(key_at, mask=there, other=0.0))
+        values = tl.where(in_cache, old_values, tl.load(key_at + K * E, mask=there, other=0.0))
         top = tl.full([ROWS], float("-inf"), dtype=tl.float32)
         total = tl.zeros([ROWS], dtype=tl.float32)
         y = tl.zeros([ROWS, WIDTH], dtype=tl.float32)
-        for split in range(mine, live, PARTS):
+        seen |= tl.trans(in_cache)
+        top, total, y = _fold(queries, keys, values, seen, scale, top, total, y)
+        for split in range(mine + PARTS, live, PARTS):
             slot = split * SPLIT + tl.arange(0, SPLIT)
             in_cache, there = (slot < root)[:, None], (slot < root + N)[:, None] & in_head
             own = (slot >= root) & (slot < root + N)
             # Loaded before the products, whose layout the compiler then keeps for the softmax.
-            seen = ancestors + b * row_ancestors + node[:, None] * N + (slot - root)[None, :]
-            allowed = tl.load(seen, mask=own[None, :], other=0)
+            seen = tl.load(seen_at + slot[None, :], mask=own[None, :], other=0) != 0
             cache_at = kv + (bk * S + slot).to(tl.int64)[:, None] * E + e[None, :]
-            own_at = (b * N + slot - root)[:, None] * width + (G * K + head) * E + e[None, :]
-            key_at = tl.where(in_cache, cache_at, qkv + own_at)  # one load: it is pipelined
-            value_at = tl.where(in_cache, cache_at + value_offset, qkv + own_at + K * E)
+            key_at = own_at + slot[:, None] * width
+            value_at = tl.where(in_cache, cache_at + value_offset, key_at + K * E)
+            key_at = tl.where(in_cache, cache_at, key_at)  # one load: it is pipelined
             keys = tl.load(key_at, mask=there, other=0.0)  # [SPLIT WIDTH]
             values = tl.load(value_at, mask=there, other=0.0)
-            scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
-            scores = tl.where(tl.trans(in_cache) | (allowed != 0), scores, float("-inf"))
-            higher = tl.maximum(top, tl.max(scores, axis=1))
-            base = tl.where(higher == float("-inf"), 0.0, higher)  # a query may see nothing yet
-            p, kept = tl.exp(scores - base[:, None]), tl.exp(top - base)
-            y = tl.dot(p.to(values.dtype), values, y * kept[:, None], input_precision="ieee")
-            total = total * kept + tl.sum(p, axis=1)
-            top = higher
+            seen |= tl.trans(in_cache)
+            top, total, y = _fold(queries, keys, values, seen, scale, top, total, y)
 
         last = True
         if PARTS > 1:
