@@ -40,7 +40,8 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 
 # --- what is sharded where ---------------------------------------------------------------------
 # The mesh has two dimensions: groups of ranks that hold the same KV heads, and the ranks of a
-# group. With at least as many KV heads as ranks every group is a single rank.
+# group. There are as many groups as KV heads where that comes out even; else every group is a
+# single rank, and heads of zeros, which change nothing, make the KV heads a multiple of the ranks.
 
 Placements = tuple[Placement, Placement]
 
@@ -66,14 +67,15 @@ TARGET_PLAN = {
     "lm_head": ROWS,
 }
 DRAFT_PLAN = {"emb": COLUMNS, "proj": ROWS, "head": ROWS}
+HEADS_DIM = {"q_proj": 0, "k_proj": 0, "v_proj": 0, "o_proj": 1}  # where heads of zeros may go
 
 
 def local_args(args, size: int):
     """The ModelArgs of one rank's part; ValueError where `size` ranks cannot share the model."""
 
     def fits(n: int) -> bool:
-        whole_heads = args.n_kv_heads % n == 0 or n % args.n_kv_heads == 0
-        return whole_heads and not any(x % n for x in (args.n_heads, args.ffn_dim, args.vocab_size))
+        whole_heads = n % args.n_kv_heads != 0 or args.n_heads % n == 0
+        return whole_heads and not any(x % n for x in (args.ffn_dim, args.vocab_size))
 
     if not fits(size):
         sizes = ", ".join(str(n) for n in range(1, args.n_heads + 1) if fits(n))
@@ -82,10 +84,12 @@ def local_args(args, size: int):
             f"values), {args.ffn_dim} feed-forward channels and {args.vocab_size} tokens evenly; "
             f"possible: {sizes}"
         )
+    n_kv_heads = -(-args.n_kv_heads // size)  # rounded up
+    n_heads = n_kv_heads * (args.n_heads // args.n_kv_heads)
     return replace(
         args,
-        n_heads=args.n_heads // size,
-        n_kv_heads=max(args.n_kv_heads // size, 1),
+        n_heads=n_heads if size % args.n_kv_heads else args.n_heads // size,
+        n_kv_heads=n_kv_heads,
         ffn_dim=args.ffn_dim // size,
         vocab_size=args.vocab_size // size,
     )
@@ -123,9 +127,23 @@ def local_part(tensor: Tensor, mesh: DeviceMesh, placements: Placements) -> Tens
     return tensor
 
 
-def part(name: str, tensor: Tensor, mesh: DeviceMesh, plan: dict, head_dim: int = 0) -> Tensor:
-    """What this rank holds of a stored tensor. Nothing else of it is read."""
-    found = pieces(name, tensor, plan, head_dim)
+def filled_up(name: str, tensor: Tensor, n_kv_heads: int, groups: int) -> Tensor:
+    """A stored tensor and, after its heads, zeros that make the KV heads a multiple of groups."""
+    added = -n_kv_heads % groups
+    dim = next((HEADS_DIM[part] for part in name.split(".") if part in HEADS_DIM), tensor.ndim)
+    if not added or dim >= tensor.ndim:  # the bias of o_proj has no heads
+        return tensor
+    zeros = added * (tensor.shape[dim] // n_kv_heads)
+    return F.pad(tensor, (0, 0) * (tensor.ndim - 1 - dim) + (0, zeros))
+
+
+def part(
+    name: str, tensor: Tensor, mesh: DeviceMesh, plan: dict, head_dim: int = 0, n_kv_heads: int = 0
+) -> Tensor:
+    """What this rank holds of a stored tensor. Nothing else of it is read, unless heads of zeros
+    are added to it."""
+    whole = filled_up(name, tensor, n_kv_heads, mesh.size(0))
+    found = pieces(name, whole, plan, head_dim)
     parts = [local_part(piece, mesh, placements) for piece, placements in found]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -134,7 +152,8 @@ def as_dtensors(
     name: str, tensor: Tensor, mesh: DeviceMesh, plan: dict, head_dim: int = 0
 ) -> list[DTensor]:
     """The pieces of a whole stored tensor, from this rank's part of it, whose memory they share:
-    to inspect or save a sharded model."""
+    to inspect or save a sharded model. Heads of zeros that were added are among them, at the end.
+    """
     return [
         DTensor.from_local(piece, mesh, placements)
         for piece, placements in pieces(name, tensor, plan, head_dim)
@@ -172,7 +191,7 @@ def join_speculator(speculator: nn.Module, ranks: "Ranks") -> None:
 
 def new_mesh(n_kv_heads: int, size: int) -> DeviceMesh:
     """Says who holds what. Nothing is sent over it, so that its device does not matter."""
-    groups = min(n_kv_heads, size)
+    groups = size if size % n_kv_heads else n_kv_heads
     return init_device_mesh("cpu", (groups, size // groups), mesh_dim_names=("kv", "copy"))
 
 
@@ -319,7 +338,8 @@ class Ranks:
         if self.size == 1:
             return {}, {}
         mesh = new_mesh(llm.args.n_kv_heads, self.size)
-        target = partial(part, mesh=mesh, plan=TARGET_PLAN, head_dim=llm.args.head_dim)
+        heads = {"head_dim": llm.args.head_dim, "n_kv_heads": llm.args.n_kv_heads}
+        target = partial(part, mesh=mesh, plan=TARGET_PLAN, **heads)
         draft = partial(part, mesh=mesh, plan=DRAFT_PLAN if llm.draft_parallel_size > 1 else {})
         return {"local_args": llm.local_args, "part": target}, {"part": draft}
 

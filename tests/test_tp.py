@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -34,12 +35,18 @@ LARGE = {"vocab_size": 8000, "hidden_size": 512, "intermediate_size": 2048, "num
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     """Checkpoints whose heads (8, of keys and values 2 or 1), channels and tokens 4 ranks can
-    share: with 4 there are fewer KV heads than ranks."""
+    share: with 4 there are fewer KV heads than ranks. Of 9, 3 of keys and values, more are made."""
     root = tmp_path_factory.mktemp("tp")
     heads = {"vocab_size": 96, "num_attention_heads": 8, "num_key_value_heads": 2}
     tiny_llama(root / "gqa", **heads)
     biases = {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}
     tiny_llama(root / "biased", **heads, **biases)
+    # transformers wants the width to be a multiple of the heads: 3 of 24 are as wide as 9 of 8.
+    three = {"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 24}
+    tiny_llama(root / "nine", vocab_size=96, attention_bias=True, **three)
+    file = root / "nine" / "config.json"
+    nine = {"num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 8}
+    file.write_text(json.dumps(json.loads(file.read_text()) | nine))
     tiny_gpt_bigcode(root / "bigcode", vocab_size=96, n_head=8)
     tiny_speculator(root / "draft", vocab_size=96)
     config, tensors = tiny_speculator(root / "narrow", vocab_size=96)
@@ -83,7 +90,7 @@ def alive(pid):
 # ---- the same tokens ----
 
 
-@pytest.mark.parametrize("target", ["gqa", "biased", "bigcode"])
+@pytest.mark.parametrize("target", ["gqa", "biased", "nine", "bigcode"])
 def test_ranks_give_what_one_process_gives(root, group, target):
     """Ids with speculation off, replicated and sharded, greedy, sampled and filtered; and drafts
     accepted, so that replicated and sharded drafts are those of one process too."""
@@ -257,24 +264,29 @@ def as_rank(monkeypatch):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("target", ["gqa", "bigcode"])
+@pytest.mark.parametrize("target", ["gqa", "nine", "bigcode"])
 @pytest.mark.parametrize("size", SIZES)
 def test_a_part_is_what_torch_says_of_its_placements(root, as_rank, target, size):
     """Pieces of every stored tensor as DTensors: shapes are the whole's, and each rank's memory
-    is where torch would have it."""
+    is where torch would have it. To 9 heads, 3 of keys and values, zeros make 12 and 4."""
     args = ModelArgs.from_config(json.loads((root / target / "config.json").read_text()))
     stored = {name: t.clone() for name, t in hf_tensors(Transformer(args)).items()}
+    filled = replace(args, n_heads=12, n_kv_heads=4) if target == "nine" else args
+    wholes = {name: torch.zeros_like(t) for name, t in hf_tensors(Transformer(filled)).items()}
+    for name, tensor in stored.items():
+        wholes[name][tuple(map(slice, tensor.shape))] = tensor
     for rank in range(size):
         as_rank(rank, size)
         mesh = tp.new_mesh(args.n_kv_heads, size)
         plan = {"mesh": mesh, "plan": tp.TARGET_PLAN, "head_dim": args.head_dim}
-        parts = {name: tp.part(name, tensor, **plan) for name, tensor in stored.items()}
+        own_part = partial(tp.part, **plan, n_kv_heads=args.n_kv_heads)
+        parts = {name: own_part(name, tensor) for name, tensor in stored.items()}
         local = Transformer(tp.local_args(args, size))
         assert {n: p.shape for n, p in parts.items()} == {
             n: t.shape for n, t in hf_tensors(local).items()
         }
         for name, own in parts.items():
-            whole = tp.pieces(name, stored[name], tp.TARGET_PLAN, args.head_dim)
+            whole = tp.pieces(name, wholes[name], tp.TARGET_PLAN, args.head_dim)
             for dtensor, (tensor, placements) in zip(
                 tp.as_dtensors(name, own, **plan), whole, strict=True
             ):
@@ -300,7 +312,8 @@ def test_a_rank_reads_nothing_of_what_the_others_hold(root, as_rank, target, tmp
     for rank in (0, 1):
         as_rank(rank, 4)
         mesh = tp.new_mesh(args.n_kv_heads, 4)
-        own_part = partial(tp.part, mesh=mesh, plan=tp.TARGET_PLAN, head_dim=args.head_dim)
+        heads = {"head_dim": args.head_dim, "n_kv_heads": args.n_kv_heads}
+        own_part = partial(tp.part, mesh=mesh, plan=tp.TARGET_PLAN, **heads)
         kept = {}
         for name, tensor in tensors.items():
             # Where an index is in this rank's part, the value stays.
@@ -349,6 +362,17 @@ def test_the_weights_that_matter_are_sharded(root):
 def test_sizes_that_do_not_work_are_refused(root, size, draft_size, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         new_llm(root / "gqa", root / "draft", draft_size, tensor_parallel_size=size)
+
+
+def test_heads_are_added_only_where_no_key_head_is_on_several_ranks():
+    """Two ranks for each of 3 KV heads would have to share 3 query heads."""
+    message = "6 ranks cannot share 9 heads (3 of keys and values), 192 feed-forward channels and "
+    message += "96 tokens evenly; possible: 1, 2, 3, 4, 8"
+    args = ModelArgs(48, 3, 9, 3, 8, 192, 96)
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        tp.local_args(args, 6)
+    counts = [tp.local_args(args, size) for size in (1, 2, 3, 4, 8)]
+    assert [(a.n_heads, a.n_kv_heads) for a in counts] == [(9, 3), (6, 2), (3, 1), (3, 1), (3, 1)]
 
 
 def test_a_speculator_that_ranks_cannot_share_is_refused(root, tmp_path):

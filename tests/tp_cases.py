@@ -102,7 +102,7 @@ def goes_on(ranks, directory):
 def main(size, root):
     ranks = tp.start(size)
     results = {"pids": [process.pid for process, _ in ranks.workers.values()]}
-    for target in ("gqa", "biased", "bigcode"):
+    for target in ("gqa", "biased", "nine", "bigcode"):
         for draft_size in (0, 1, size):
             llm = new_llm(
                 root / target,
