@@ -266,7 +266,8 @@ class BenchEngine(Engine):
             for _ in range(5):
                 self.wait(self.step(noisy, filtered))
         events = trace.key_averages()
-        sums = [e.self_device_time_total for e in events if re.search("nccl|all_reduce", e.key)]
+        names = "nccl|all_reduce|_add_parts"
+        sums = [e.self_device_time_total for e in events if re.search(names, e.key)]
         launches = {e.key: e.count / 5 for e in events if "Launch" in e.key}
         return {"comm_ms": sum(sums) / 5000, "launches_per_step": launches}
 

@@ -11,6 +11,7 @@ each kernel is shaped to keep the bus busy:
 - RMS norm costs no kernel: the producer of x also writes x * weight and the sums of x^2 by tile,
   and the next product scales its result by rsqrt(mean(x^2) + eps). SiLU, bias and the residual
   are applied where the result is written.
+- Where GPUs share the model, `_add_parts` adds what each has of a product, with the same end.
 - A draft is one operation, so that none of the compiler's kernels come between its own.
 - Each kernel may start while the one before drains (programmatic dependent launch), and then
   waits for its data.
@@ -37,6 +38,9 @@ MOST_ROWS = 32  # of a small product; more rows are the library's
 TILE = 64  # most rows of a weight per program: what one matrix instruction takes
 MOST_TILES = 65536  # counted at once
 NEAR = tl.constexpr(1536)  # columns of a matrix so small that all of x is in the nearest cache
+SUM_BLOCK = 1024  # columns of a program that adds ranks' parts
+PART_BYTES, FLAG_BYTES = 2**19, 2**16  # of one of a rank's two parts, and of its flags
+SHARED_BYTES = 2 * (PART_BYTES + FLAG_BYTES)
 
 
 @functools.cache
@@ -406,6 +410,99 @@ def cached_attention(
     return attention(qkv, kv, cached, ancestors, H).view(B, N, H, E)
 
 
+# --- sums over ranks ---------------------------------------------------------------------------
+# A rank's product goes to memory that the other ranks can read; each of them then adds all parts.
+# There are two parts and two sets of flags, used in turn. Who comes to the next sum is done with
+# the last one (each kernel waits for the one before it), so that what is written after the next sum
+# finds its part read and its flags taken: nobody waits at the end of a sum, and a flag is 0 or 1.
+
+# By dtype, of even and odd sums: all ranks' parts, their flags in int32, and the own rank.
+shared_memory: dict[torch.dtype, list[tuple[list[Tensor], list[Tensor], int]]] = {}
+
+
+def share(memory: Sequence[Tensor], rank: int) -> None:
+    """Add parts in this memory of all ranks: zeros, two of flags and a part each."""
+    n, halves = FLAG_BYTES // memory[0].itemsize, zip(*(m.chunk(2) for m in memory), strict=True)
+    shared_memory[memory[0].dtype] = [
+        ([m[n:] for m in half], [m[:n].view(torch.int32) for m in half], rank) for half in halves
+    ]
+
+
+def can_share(x: Tensor) -> bool:
+    """Whether `add_linear_ranks` takes results like x [M, D]."""
+    return x.dtype in shared_memory and x.nbytes <= PART_BYTES
+
+
+@triton.jit(do_not_specialize=["rank"])
+def _add_parts(
+    parts, flags, own, rank, residual, norm, out, weighted, out_squares, D,
+    RANKS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """out [M, D] = residual + the sum of all ranks' parts [M, D], one block of columns of a row a
+    program; weighted = out * norm and out_squares [T, M] as in `_linear`. A program waits for the
+    same one of every rank: own are this rank's flags."""
+    tile, m = tl.program_id(0), tl.program_id(1)
+    d, r = tile * BLOCK + tl.arange(0, BLOCK), tl.arange(0, WIDTH)
+    inside, at = d < D, m * D + d
+    slot = (m * tl.num_programs(0) + tile) * WIDTH
+    if PDL:
+        gdc_launch_dependents()
+    weight = tl.load(norm + d, mask=inside, other=0.0).to(tl.float32)
+    there = tl.zeros([WIDTH], dtype=tl.int64)
+    for other in tl.static_range(RANKS):
+        there = tl.where(r == other, flags[other].to(tl.int64), there)
+    there = there.to(tl.pointer_type(tl.int32)) + slot + rank
+    if PDL:
+        gdc_wait()
+    # All ranks at once, and nobody reads what was there: no time is spent on the way back.
+    tl.atomic_or(there, 1, mask=r < RANKS, sem="release", scope="sys")
+    y = tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+    seen = tl.zeros([WIDTH], dtype=tl.int32)
+    while tl.sum(seen) < RANKS:  # a flag that was taken is 0, as those beyond RANKS always are
+        seen |= tl.atomic_cas(own + slot + r, seen * 0 + 1, seen * 0, sem="acquire", scope="sys")
+    tl.debug_barrier()
+    total = tl.zeros([BLOCK], dtype=tl.float32)
+    for other in tl.static_range(RANKS):  # not from L1, which may hold what was there before
+        part = tl.load(parts[other] + at, mask=inside, other=0.0, cache_modifier=".cg")
+        total += part.to(tl.float32)
+    y = (y + total).to(out.dtype.element_ty)
+    tl.store(out + at, y, mask=inside)
+    y = y.to(tl.float32)
+    tl.store(weighted + at, (y * weight).to(weighted.dtype.element_ty), mask=inside)
+    tl.store(out_squares + tile * tl.num_programs(1) + m, tl.sum(y * y, axis=0))
+
+
+@torch.library.custom_op("fastspec::add_linear_ranks", mutates_args=())
+def add_linear_ranks(
+    x: Tensor, w: Tensor, bias: Tensor | None, residual: Tensor, norm: Tensor, odd: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`add_linear` of all ranks' x and w, where `can_share` says so. Even and odd sums take turns
+    on every rank. One operation, so that the compiler need not know of the memory in between."""
+    (M, D), (parts, flags, rank) = residual.shape, shared_memory[residual.dtype][odd]
+    small(x, w, bias=bias, out=parts[rank][: M * D].view(M, D))
+    out, weighted = torch.empty_like(residual), torch.empty_like(residual)
+    squares = x.new_empty(triton.cdiv(D, SUM_BLOCK), M, dtype=torch.float32)
+    pdl = {"launch_pdl": True} if x.is_cuda else {}
+    _add_parts[(len(squares), M)](
+        tuple(parts), tuple(flags), flags[rank], rank, residual, norm, out, weighted, squares, D,
+        RANKS=len(parts), WIDTH=triton.next_power_of_2(len(parts)), BLOCK=SUM_BLOCK,
+        num_warps=4, PDL=x.is_cuda, **pdl,
+    )  # fmt: skip
+    return out, weighted, squares
+
+
+@add_linear_ranks.register_fake
+def _(x, w, bias, residual, norm, odd):
+    squares = x.new_empty(triton.cdiv(len(w), SUM_BLOCK), len(x), dtype=torch.float32)
+    return torch.empty_like(residual), torch.empty_like(residual), squares
+
+
+def sums_of_ones(like: Tensor) -> list[Tensor]:
+    """An even and an odd sum over the ranks of ones, to see whether they come out right."""
+    ones, w = like.new_ones(1, TILE), like.new_full((TILE, TILE), 1 / TILE)
+    return [add_linear_ranks(ones, w, None, 0 * ones, ones[0], odd)[0] for odd in (0, 1)]
+
+
 # --- the forward pass --------------------------------------------------------------------------
 
 
@@ -483,11 +580,13 @@ def forward(
     total=None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`Transformer.forward` where `fits` says so. Where ranks share the model, `total` sums what
-    each of them has of a product."""
+    each of them has of a product, unless they share memory for it."""
 
-    def add(y: Tensor, module: nn.Linear, x: Tensor, norm: Tensor):
+    def add(y: Tensor, module: nn.Linear, x: Tensor, norm: Tensor, odd: int):
         if total is None:
             return add_linear(y, module.weight, module.bias, x, norm)
+        if can_share(x):
+            return add_linear_ranks(y, module.weight, module.bias, x, norm, odd)
         y = linear(y, module.weight, None, x.dtype)
         x = x + total(y if module.bias is None else y + module.bias)
         return x, x * norm, x.float().square().sum(-1)[None]
@@ -506,9 +605,9 @@ def forward(
         qkv, angles = every_qkv[i], (cos, sin)
         qkv_linear(weighted, squares, eps, wqkv.weight, wqkv.bias, *angles, turned, qkv)
         y = attention(qkv, layer_kv, cached, ancestors, args.n_heads)
-        x, weighted, squares = add(y, wo, x, norms[2 * i + 1])
+        x, weighted, squares = add(y, wo, x, norms[2 * i + 1], 0)
         z = gated_linear(weighted, squares, eps, w13.weight, w13.bias)
-        x, weighted, squares = add(z, w2, x, norms[2 * i + 2])
+        x, weighted, squares = add(z, w2, x, norms[2 * i + 2], 1)
     scale = torch.rsqrt(squares.sum(0) / args.dim + eps)[:, None]
     hidden = (weighted * scale).to(x.dtype).view(B, N, -1)
     new_kv = every_qkv.view(len(model.layers), B, N, -1, args.head_dim)[:, :, :, args.n_heads :]

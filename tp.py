@@ -198,8 +198,9 @@ def new_mesh(n_kv_heads: int, size: int) -> DeviceMesh:
 # --- sums on GPUs ------------------------------------------------------------------------------
 # Most of what a step sends is sums of a few kilobytes, which take as long as they take to start.
 # Where the GPUs can read each other's memory one kernel of torch's adds these, and NCCL what is
-# larger. Multicast is not used. (Sums inside the products, each rank waiting for the others' parts
-# there, measured slower: 12.4 ms a step against 11.6 at Llama-3-70B shapes on 4 H200.)
+# larger; the sums of gpu_kernels.forward are its own. Multicast is not used. (Sums inside the
+# products, each rank waiting for the others' parts there, measured slower: 12.4 ms a step against
+# 11.6 at Llama-3-70B shapes on 4 H200.)
 
 ONE_SHOT_SUMS = 2**18  # bytes up to which torch's kernel adds
 one_shot_memory: dict[torch.dtype, Tensor] = {}  # for so many bytes, reached by all ranks
@@ -248,7 +249,8 @@ class Ranks:
         self.workers = workers or {}  # those that this rank 0 has started
         self.ended: str | None = None  # why, once they have
         self.waiting = False  # for the other ranks, perhaps
-        self.shared: set[torch.dtype] = set()  # for which memory was set up, or could not be
+        # What keeps memory of other ranks here, None where it could not be set up.
+        self.shared: dict[torch.dtype, object] = {}
         if self.workers:
             threading.Thread(target=self.watch, daemon=True).start()
 
@@ -354,22 +356,36 @@ class Ranks:
     def share_memory(self, engine) -> None:
         """All ranks at once: set up small sums, or say why NCCL takes them, too. It always does in
         float16, which torch's kernel does not take."""
-        kv, n = engine.kv, ONE_SHOT_SUMS // engine.kv.itemsize
-        wanted = self.size > 1 and engine.kernels is not None and kv.dtype != torch.float16
+        kv, kernels, n = engine.kv, engine.kernels, ONE_SHOT_SUMS // engine.kv.itemsize
+        wanted = self.size > 1 and kernels is not None and kv.dtype != torch.float16
         if not wanted or kv.dtype in self.shared:
             return
-        self.shared.add(kv.dtype)
+        self.shared[kv.dtype] = None
         try:
+            size = n + kernels.SHARED_BYTES // kv.itemsize
             with self.together():
-                memory = _symmetric_memory.empty(n, dtype=kv.dtype, device=kv.device)
+                memory = _symmetric_memory.empty(size, dtype=kv.dtype, device=kv.device)
             with self.together():
-                _symmetric_memory.rendezvous(memory, self.group)
-                one_shot_memory[kv.dtype] = memory
+                handle = _symmetric_memory.rendezvous(memory, self.group)
+                self.shared[kv.dtype] = handle
+                every = [handle.get_remote_tensor(r, [size], kv.dtype) for r in range(self.size)]
+                one_shot_memory[kv.dtype] = memory[:n]
+                kernels.share([m[n:] for m in every], self.rank)
+            # First by itself, as if all others had come: where that fails nobody waits for it.
             with self.together():
-                if (self.sum(torch.ones_like(memory)) != self.size).any():
+                memory.view(torch.int32).fill_(1)
+                kernels.sums_of_ones(kv)
+                torch.cuda.synchronize(kv.device)
+            with self.together():
+                memory.zero_()
+                torch.cuda.synchronize(kv.device)
+            with self.together():
+                ones = (self.sum(torch.ones_like(memory[:n])), *kernels.sums_of_ones(kv))
+                if any((x != self.size).any() for x in ones):
                     raise ValueError("a sum over the GPUs' memory came out wrong")
         except ValueError as error:
             one_shot_memory.pop(kv.dtype, None)
+            kernels.shared_memory.pop(kv.dtype, None)
             if self.rank == 0:
                 print(f"fastspec: all sums go through NCCL: {error}", file=sys.stderr)
 

@@ -99,6 +99,49 @@ def same_as_one_gpu(engine, whole, ranks, device):
     return float((ours - plain).norm() / plain.norm())
 
 
+def sums_in_turn(ranks, device, M, D=8192, C=64, n=200, replays=50):
+    """Of `n` sums in one CUDA graph, replayed with other products each time and ranks that come
+    late at times: how many numbers are not what the gathered parts give, and the bits of all."""
+    import gpu_kernels
+
+    own = torch.Generator(device).manual_seed(ranks.rank)
+    x = torch.zeros(n, M, C, dtype=torch.bfloat16, device=device)
+    w = torch.randn(D, C, generator=own, device=device).bfloat16()
+    same = torch.Generator(device).manual_seed(99)
+    residual, norm = (torch.randn(*s, generator=same, device=device) for s in ((M, D), (D,)))
+    residual, norm = residual.bfloat16(), norm.bfloat16()
+    waits = torch.randint(0, 8, (n,), generator=torch.Generator().manual_seed(ranks.rank)).tolist()
+
+    def add(i):
+        if waits[i] == 0:
+            torch.cuda._sleep(20_000)  # longer than a sum takes
+        return gpu_kernels.add_linear_ranks(x[i], w, None, residual, norm, i % 2)
+
+    for i in range(2):  # compiled before it is captured
+        add(i), gpu_kernels.linear(x[i], w, None, x.dtype)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        found = [torch.stack(results) for results in zip(*map(add, range(n)), strict=True)]
+    wrong, bits = 0, 0
+    for _ in range(replays):
+        x.normal_(generator=own)
+        graph.replay()
+        parts = torch.stack([gpu_kernels.linear(x[i], w, None, x.dtype) for i in range(n)])
+        every = parts.new_empty(ranks.size, *parts.shape)
+        dist.all_gather_into_tensor(every.flatten(0, 1), parts)
+        total = every[0].float()
+        for part in every[1:]:
+            total += part.float()
+        out = (residual.float() + total).bfloat16()
+        weighted, squares = (out.float() * norm.float()).bfloat16(), out.float().square().sum(-1)
+        wrong += (found[0] != out).sum() + (found[1] != weighted).sum()
+        wrong += ((found[2].sum(1) - squares).abs() > 1e-5 * squares).sum()
+        bits += sum(y.view(torch.int16).long().sum() for y in found[:2])
+        bits += found[2].view(torch.int32).long().sum()
+    return int(wrong), int(bits)
+
+
 @torch.inference_mode()
 def main():
     ranks = tp.join()
@@ -115,6 +158,9 @@ def main():
     tell(ranks, found)
     if CUDA:
         tell(ranks, {"launches": launches(engine)})
+        if tp.one_shot_memory:  # on all ranks or none
+            turns = {f"sums in turn {M}": sums_in_turn(ranks, device, M) for M in (1, 5, 31)}
+            tell(ranks, turns)
     sys.stderr.flush()
     os._exit(0)
 

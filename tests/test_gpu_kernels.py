@@ -20,6 +20,7 @@ from gpu_kernels import (
     BLOCK,
     SPLIT,
     accepted_path,
+    add_linear_ranks,
     best,
     cached_attention,
     choose,
@@ -30,6 +31,7 @@ from gpu_kernels import (
     lineage,
     next_state,
     replace_linears,
+    share,
     small,
     top_children,
 )
@@ -186,13 +188,99 @@ def test_forward_equals_the_transformer(bias, total, B, N):
             torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
 
 
+@pytest.fixture
+def shared(monkeypatch):
+    """Memory of some ranks in one process, as the last of them sees it."""
+    monkeypatch.setattr(gpu_kernels, "shared_memory", {})
+
+    def new(ranks, dtype=torch.float32):
+        n = gpu_kernels.SHARED_BYTES // dtype.itemsize
+        share([torch.zeros(n, dtype=dtype, device=DEVICE) for _ in range(ranks)], ranks - 1)
+        return gpu_kernels.shared_memory[dtype]
+
+    return new
+
+
+def by_program(flags, ranks):
+    """[programs, R] of a rank's flags."""
+    return flags.view(-1, 1 << (ranks - 1).bit_length())[:, :ranks]
+
+
+def others_come(flags, rank, programs):
+    """Set what the others would in the last rank's flags: all but its own."""
+    by_program(flags[rank], len(flags))[:programs, :rank] = 1
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize(("M", "D"), [(1, 192), (5, 64), (17, 192)])  # 192: two blocks
+def test_sum_over_ranks_equals_plain(M, D, ranks, bias, shared, monkeypatch):
+    """In the order of the ranks: bit for bit. Flags are taken, and one is put with each other."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(gpu_kernels, "SUM_BLOCK", 128)
+    x, w, residual, norm = (random(*s) for s in ((M, 64), (D, 64), (M, D), (D,)))
+    bias = random(D) if bias else None
+    for odd, (parts, flags, rank) in enumerate(shared(ranks)):
+        for part in parts:
+            part.copy_(random(*part.shape))
+        programs = M * -(-D // gpu_kernels.SUM_BLOCK)
+        others_come(flags, rank, programs)
+        out, weighted, squares = add_linear_ranks(x, w, bias, residual, norm, odd)
+        own, *_ = small(x, w, bias=bias)
+        assert torch.equal(parts[rank][: M * D].view(M, D), own)
+        assert torch.equal(out, residual + sum(part[: M * D].view(M, D) for part in parts))
+        assert torch.equal(weighted, out * norm)
+        torch.testing.assert_close(squares.sum(0), out.square().sum(-1))
+        assert not flags[rank].any()
+        for other in range(rank):
+            assert by_program(flags[other], ranks)[:programs, rank].all()
+            assert flags[other].sum() == programs
+
+
+def test_sums_take_turns(shared, monkeypatch):
+    """Even and odd ones through all layers of a forward pass, whose other ranks have nothing."""
+    torch.manual_seed(0)
+    args, taken = ModelArgs(128, 2, 4, 2, 64, 64, 50), []
+    model = Transformer(args).to(DEVICE)
+    model.inv_freq = model.inv_freq.to(DEVICE)
+    tokens, cached = torch.tensor([[3, 7]], device=DEVICE), torch.tensor([5], device=DEVICE)
+    ancestors = torch.ones(2, 2, dtype=torch.bool, device=DEVICE).tril()
+    kv = random(*kv_cache_shape(args, 1, 80))
+    inputs = tokens, cached[:, None] + torch.arange(2, device=DEVICE), kv, cached, ancestors
+    halves, plain = shared(2), gpu_kernels.add_linear_ranks
+
+    def come_and_add(*inputs):
+        taken.append(inputs[-1])
+        others_come(*halves[taken[-1]][1:], 2)
+        return plain(*inputs)
+
+    monkeypatch.setattr(gpu_kernels, "add_linear_ranks", come_and_add)
+    with torch.inference_mode():
+        for ours, x in zip(forward(model, *inputs, lambda y: 1 / 0), model(*inputs), strict=True):
+            torch.testing.assert_close(ours, x, rtol=1e-4, atol=1e-5)
+    assert taken == [0, 1, 0, 1]
+
+
+def test_memory_of_ranks_holds_the_largest_sum(shared):
+    """And flags of 16 ranks beside it. One that is alone finds that all is well."""
+    parts, flags, _ = shared(1, torch.bfloat16)[1]
+    assert all((x == 1).all() for x in gpu_kernels.sums_of_ones(parts[0]))
+    most = torch.empty(32, gpu_kernels.PART_BYTES // 64, dtype=torch.bfloat16, device=DEVICE)
+    assert gpu_kernels.can_share(most) and len(parts[0]) == most.numel()
+    assert not gpu_kernels.can_share(torch.cat((most, most[:1])))
+    assert not gpu_kernels.can_share(most.half())
+    assert 16 * 32 * -(-most.shape[1] // gpu_kernels.SUM_BLOCK) <= len(flags[0])
+
+
 @pytest.mark.parametrize("M", [1, 5, 20])
-def test_what_the_compiler_is_told_of_shapes_is_so(M):
+def test_what_the_compiler_is_told_of_shapes_is_so(M, shared):
     """The number of sums depends on how a product is cut."""
     torch.manual_seed(0)
+    shared(1)
     x, w, residual, norm = random(M, 128), random(192, 128), random(M, 192), random(192)
     for op, args in (
         (torch.ops.fastspec.add_linear, (x, w, None, residual, norm)),
+        (torch.ops.fastspec.add_linear_ranks, (x, w, None, residual, norm, 1)),
         (torch.ops.fastspec.linear, (x, w, None, torch.float32)),
         (torch.ops.fastspec.gated_linear, (x, random(3, M).square(), 1e-5, w, None)),
     ):

@@ -66,6 +66,13 @@ def test_sums_are_those_of_nccl_and_the_same_on_all_ranks(group):
         assert bits == group[0]["sums"][2::3]
 
 
+@pytest.mark.parametrize("rows", [1, 5, 31])
+def test_sums_in_turn_are_those_of_the_gathered_parts(group, rows):
+    """Bit for bit, and the same on all ranks."""
+    wrong, bits = zip(*(found[f"sums in turn {rows}"] for found in group), strict=True)
+    assert set(wrong) == {0} and len(set(bits)) == 1
+
+
 def test_ranks_compute_what_one_gpu_does(group):
     assert all(found["error"] < 0.05 for found in group)  # four layers whose results are rounded
 
