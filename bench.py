@@ -692,7 +692,8 @@ def run(args: argparse.Namespace, ranks, root: str) -> None:
     if args.prompts:
         requests = file_requests(llm, args.prompts, params)
         longest = max(len(r.prompt) + (r.params.max_tokens or llm.max_seq_len) for r in requests)
-        longest, sets = min(longest, llm.max_seq_len), {Path(args.prompts).name: requests}
+        longest = min(-(-longest // 256) * 256, llm.max_seq_len)  # files share compiled steps
+        sets = {Path(args.prompts).name: requests}
     else:
         lengths = args.prompt_len or [128]
         longest = max(lengths) + args.max_new_tokens

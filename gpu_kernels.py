@@ -202,7 +202,7 @@ def _linear(
             tl.store(out_squares + tile * M + m, tl.sum(y * y, axis=0), mask=m < M)
 
 
-def tiling(R: int, C: int, M: int) -> dict:
+def tiling(R: int, C: int, M: int, eight_bit: bool = False) -> dict:
     """How to cut a product of M rows with w [R, C], as measured on an H100: narrow matrices along C
     too, and 80 kB of loads under way. One row needs no matrix instruction, only many loads."""
     many = R >= 96 * TILE
@@ -212,7 +212,8 @@ def tiling(R: int, C: int, M: int) -> dict:
             splits = next(s for s in range(C // 2048, C) if C % (s * 64) == 0)
             return tile | {"TILE": 8, "SPLITS": splits, "num_warps": 4}
         if many:
-            return tile | {"TILE": 4, "num_warps": 2 if 1536 < C <= 4096 else 4}
+            few_warps = 1536 < C <= 4096 and not eight_bit
+            return tile | {"TILE": 8 if eight_bit else 4, "num_warps": 2 if few_warps else 4}
         if C <= 1536:
             return tile | {"TILE": 2, "num_warps": 2 if R > 1024 else 4}
         return tile | {"TILE": 16 if C <= 4096 else 8, "num_warps": 8}
@@ -230,7 +231,7 @@ def small(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """(out, weighted, squares) of `_linear` for x [M, C], w [R, C]."""
     (M, C), R = x.shape, w.shape[0]
-    tile = tiling(R, C, M) | (tile or {})
+    tile = tiling(R, C, M, w.dtype == torch.int8) | (tile or {})
     rows, splits, tiles = tile["ROWS"], tile["SPLITS"], triton.cdiv(R, tile["TILE"])
     if out is None:
         out = x.new_empty(M, R // 2 if gated else R, dtype=dtype or x.dtype)
@@ -260,8 +261,9 @@ def small(
 # order whatever the live length is, and those that it does not see add exact zeros: its bfloat16
 # result is bit-identical however many tokens the steps before it accepted.
 SPLIT = 64
-QUERIES = 32  # at most in a program
+QUERIES = 16  # of a program, the fewest that a matrix instruction takes
 PARTS = 16  # programs at most that share a head's splits: the last of them reads all parts
+TOGETHER = tl.constexpr(8)  # parts that it reads at once
 PROGRAMS = 256  # if there are as many anyway, no head's splits are shared
 
 
@@ -348,21 +350,25 @@ def _attend(
         if last:
             if PARTS > 1:
                 top = tl.full([ROWS], float("-inf"), dtype=tl.float32)
-                for j in tl.static_range(PARTS):
-                    used, at = i * 0 + j < parts, stat_at + j * 2 * ROWS
-                    its = tl.load(at, mask=used, other=float("-inf"), cache_modifier=".cg")
-                    top = tl.maximum(top, its)
                 total = tl.zeros([ROWS], dtype=tl.float32)
                 y = tl.zeros([ROWS, WIDTH], dtype=tl.float32)
-                for j in tl.static_range(PARTS):
-                    used, at = i * 0 + j < parts, stat_at + j * 2 * ROWS
-                    its = tl.load(at, mask=used, other=float("-inf"), cache_modifier=".cg")
-                    share = tl.exp(its - top)
-                    its = tl.load(at + ROWS, mask=used, other=0.0, cache_modifier=".cg")
-                    total += share * its
-                    known, at = (used & real)[:, None], y_at + j * ROWS * WIDTH
-                    its = tl.load(at, mask=known, other=0.0, cache_modifier=".cg")
-                    y += share[:, None] * its
+                for start in tl.range(0, parts, TOGETHER, num_stages=1):
+                    higher = top
+                    for j in tl.static_range(TOGETHER):
+                        used, at = i * 0 + start + j < parts, stat_at + (start + j) * 2 * ROWS
+                        its = tl.load(at, mask=used, other=float("-inf"), cache_modifier=".cg")
+                        higher = tl.maximum(higher, its)
+                    kept, top = tl.exp(top - higher), higher
+                    total, y = total * kept, y * kept[:, None]
+                    for j in tl.static_range(TOGETHER):
+                        used, at = i * 0 + start + j < parts, stat_at + (start + j) * 2 * ROWS
+                        its = tl.load(at, mask=used, other=float("-inf"), cache_modifier=".cg")
+                        share = tl.exp(its - top)
+                        its = tl.load(at + ROWS, mask=used, other=0.0, cache_modifier=".cg")
+                        total += share * its
+                        known, at = (used & real)[:, None], y_at + (start + j) * ROWS * WIDTH
+                        its = tl.load(at, mask=known, other=0.0, cache_modifier=".cg")
+                        y += share[:, None] * its
                 tl.store(count + tile, 0)
             out_at = ((b * N + node) * K * G + head * G + query // N)[:, None] * E + e[None, :]
             tl.store(out + out_at, y / total[:, None], mask=real[:, None] & in_head)
@@ -379,19 +385,18 @@ def attention(qkv: Tensor, kv: Tensor, cached: Tensor, ancestors: Tensor, n_head
     """
     _, B, K, S, E = kv.shape
     N, G = ancestors.shape[-1], n_heads // K
-    rows = min(QUERIES, max(16, triton.next_power_of_2(N * G)))  # a matrix instruction's least
-    tiles, width = B * K * triton.cdiv(N * G, rows), triton.next_power_of_2(E)
+    tiles, width = B * K * triton.cdiv(N * G, QUERIES), triton.next_power_of_2(E)
     parts = max(1, min(PARTS, PROGRAMS // tiles, triton.cdiv(S + N, SPLIT)))
     shared, floats = parts > 1, {"dtype": torch.float32}
-    part = qkv.new_empty(tiles, parts, rows, width, **floats) if shared else None
-    stats = qkv.new_empty(tiles, parts, 2, rows, **floats) if shared else None
+    part = qkv.new_empty(tiles, parts, QUERIES, width, **floats) if shared else None
+    stats = qkv.new_empty(tiles, parts, 2, QUERIES, **floats) if shared else None
     out = qkv.new_empty(B * N, n_heads * E)
     pdl = {"launch_pdl": True} if qkv.is_cuda else {}
     _attend[(tiles, parts)](
         qkv, kv, cached, ancestors, out, part, stats, counters(qkv.device), E**-0.5, S,
         kv.stride(0), N * N * (ancestors.dim() - 2),
-        N=N, G=G, K=K, E=E, WIDTH=width, ROWS=rows, SPLIT=SPLIT, PARTS=parts, PDL=qkv.is_cuda,
-        num_warps=4, num_stages=3 if width * qkv.element_size() <= 512 else 2, **pdl,
+        N=N, G=G, K=K, E=E, WIDTH=width, ROWS=QUERIES, SPLIT=SPLIT, PARTS=parts, PDL=qkv.is_cuda,
+        num_warps=8, num_stages=3 if width * qkv.element_size() <= 512 else 2, **pdl,
     )  # fmt: skip
     return out
 

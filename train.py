@@ -265,14 +265,36 @@ class HeadLosses(nn.Module):
 
 
 @torch.no_grad()
-def acceptance(speculator: MLPSpeculator, states: States) -> list[float]:
-    """How often head i and those before it are right, drafting greedily at every position."""
+def accepted_drafts(speculator: MLPSpeculator, states: States) -> Tensor:
+    """How many tokens [M] are right, before the first wrong one, drafting greedily everywhere."""
     n, right = speculator.args.n_predict, []
     for at in torch.arange(len(states.token), device=states.token.device).split(4096):
         state, tokens, _, inside = states.examples(at, n)
         drafts = speculator.draft(state.float(), tokens[:, 0], at, n)  # [m n]
-        right.append(((drafts == tokens[:, 1:]) & inside).long().cumprod(1))
-    return torch.cat(right).float().mean(0).tolist()
+        right.append(((drafts == tokens[:, 1:]) & inside).long().cumprod(1).sum(1))
+    return torch.cat(right)
+
+
+def draft_starts(accepted: Tensor, end: Tensor) -> Tensor:
+    """At which positions [M] a draft starts when these texts are decoded: at the first of each, and
+    then at every token of the target's own after accepted ones, but for a text's last token."""
+    starts, stop = torch.zeros_like(end, dtype=torch.bool), end.unique_consecutive()
+    at = stop.roll(1) % len(end)  # a text begins where the one before ends
+    while (going := at + 1 < stop).any():
+        at, stop = at[going], stop[going]
+        starts[at] = True
+        at = at + accepted[at] + 1
+    return starts
+
+
+def acceptance(speculator: MLPSpeculator, states: States) -> dict:
+    """How often head i and those before it are right, drafting greedily at every position; tokens
+    per step of decoding, which starts at few of these, and harder ones. There a text's first token
+    is a step by itself."""
+    accepted = accepted_drafts(speculator, states)
+    heads = [(accepted > i).float().mean().item() for i in range(speculator.args.n_predict)]
+    steps = len(states.end.unique_consecutive()) + int(draft_starts(accepted, states.end).sum())
+    return {"accepted": heads, "tokens_per_step": round(len(accepted) / steps, 4)}
 
 
 # --- training ----------------------------------------------------------------------------------
@@ -359,7 +381,7 @@ def train(args: Namespace, target: Transformer, losses: HeadLosses, texts: list,
             seconds, clock = time.perf_counter() - clock, time.perf_counter()
             speed = round((step - logged) * args.batch_size * args.world / seconds)
             row, logged = {"step": step, "loss": found, "tokens_per_s": speed}, step
-            row["accepted"] = acceptance(speculator, held_out)
+            row |= acceptance(speculator, held_out)
             bar.set_postfix_str(f"loss {sum(found):.3f}, {speed} tokens/s")
             with open(args.output / "metrics.jsonl", "a") as lines:
                 lines.write(json.dumps(row) + "\n")

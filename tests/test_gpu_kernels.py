@@ -1,7 +1,9 @@
 """The Triton kernels against their plain equivalents: on a GPU, else in Triton's interpreter."""
 
 from copy import deepcopy
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
@@ -85,9 +87,9 @@ def test_each_row_has_its_own_tree():
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 16])
 def test_any_number_of_programs_shares_the_splits(parts, monkeypatch):
-    """Rows of one split and of many, two blocks of queries. float32, as above."""
+    """Rows of one split and of many, three blocks of queries. float32, as above."""
     B, N, H, K, S = 3, 11, 8, 2, 1100
-    monkeypatch.setattr(gpu_kernels, "PROGRAMS", parts * B * K * 2)
+    monkeypatch.setattr(gpu_kernels, "PROGRAMS", parts * B * K * 3)
     inputs = attention_inputs(B, N, H, K, 16, S, [1, 130, S], trees=B)
     torch.testing.assert_close(
         cached_attention(*inputs), plain_attention(*inputs), rtol=1e-4, atol=1e-5
@@ -123,7 +125,9 @@ def test_key_counts_the_same_in_the_cache_and_among_the_own_tokens(parts, dtype,
     """Bit for bit, in steps of one width: tokens that one step ends with and a later one begins
     with, where either crosses into a split of the next program, or of the first one again."""
     N, H, K, E, S = 6, 8, 2, 64, 1400
-    monkeypatch.setattr(gpu_kernels, "PROGRAMS", parts * K)
+    monkeypatch.setattr(gpu_kernels, "PROGRAMS", parts * K * 2)
+    if DEVICE == "cpu":  # numpy's product of a row depends on the rows before it
+        monkeypatch.setattr("numpy.matmul", partial(np.einsum, "ik,kj->ij"))
     chain = torch.ones(N, N, dtype=torch.bool, device=DEVICE).tril()
     for start in (SPLIT - 3, 16 * SPLIT - N):
         q, k, v, kv, cached, _, _ = attention_inputs(1, 2 * N, H, K, E, S, [start], dtype)

@@ -79,9 +79,10 @@ def test_a_deterministic_pattern_is_learnt_to_full_acceptance(trained):
     assert (greedy["temperature"], sampled["temperature"]) == (0, 1)
     assert greedy["tokens_per_step"] == sampled["tokens_per_step"] == 21 / 6
     assert greedy["answers"] == 2 and greedy["repetition"] == 0
-    accepted = [row["accepted"] for row in read_lines(trained / "metrics.jsonl")]
+    *_, last = read_lines(trained / "metrics.jsonl")
     # Of a text's 21 positions the last has no token to draft, the last two no second one.
-    assert accepted[-1] == pytest.approx([20 / 21, 19 / 21, 18 / 21])
+    assert last["accepted"] == pytest.approx([20 / 21, 19 / 21, 18 / 21])
+    assert last["tokens_per_step"] == 21 / 6
 
 
 def test_the_speculator_of_a_run_decodes_through_the_command_line(trained, target, capsys):
@@ -119,7 +120,7 @@ def test_only_the_right_alignment_solves_it(tmp_path, monkeypatch, offset, solva
         output=tmp_path, steps=150, batch_size=512, seed=0, learning_rate=0.01, world=1, rank=0
     )
     train.train(options, stub, HeadLosses(speculator, output), texts, states)
-    (accepted,) = train.acceptance(speculator, states)
+    (accepted,) = train.acceptance(speculator, states)["accepted"]
     assert accepted > 0.85 if solvable else accepted < 0.4  # 9 of 10 positions have a next token
 
 
@@ -315,6 +316,22 @@ def test_an_epoch_has_every_example_once(monkeypatch):
         assert torch.equal(tokens - state.long(), torch.tensor([[0, 1]] * 3))
     (again,) = first(1, start=3)
     assert torch.equal(again[0], epoch[3][0]) and not torch.equal(first(6)[5][0], epoch[0][0])
+
+
+def test_drafts_start_where_decoding_goes():
+    """Against the loop that decoding is, text by text."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.randint(1, 12, (200,), generator=generator)
+    end = sizes.cumsum(0).repeat_interleave(sizes)
+    left = end - torch.arange(len(end)) - 1
+    accepted = torch.randint(5, (len(end),), generator=generator).minimum(left)
+    expected, first = set(), 0
+    for stop in sizes.cumsum(0).tolist():
+        at, first = first, stop
+        while at + 1 < stop:  # else the text is whole
+            expected.add(at)
+            at += int(accepted[at]) + 1
+    assert set(train.draft_starts(accepted, end).nonzero()[:, 0].tolist()) == expected
 
 
 def test_a_small_memory_trains_block_by_block(target, prompts, tmp_path, monkeypatch):
