@@ -348,6 +348,7 @@ class Engine(nn.Module):
 
             self.kernels = gpu_kernels
             gpu_kernels.counters(weight.device)  # would else lie in the first graph's memory
+            gpu_kernels.enroll(model)
             if self.k:
                 gpu_kernels.replace_linears(speculator, eight_bit_draft)
                 if self.draft_ranks is None and isinstance(speculator, MLPSpeculator):

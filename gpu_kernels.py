@@ -24,6 +24,7 @@ V vocabulary.
 """
 
 import functools
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -580,42 +581,87 @@ def fits(args, tokens: int) -> bool:
     return llama and tokens <= MOST_ROWS and all(size % TILE == 0 for size in sizes)
 
 
+# The compiler takes seconds over every layer's kernels, which it cannot change, and far longer over
+# an operation with all their weights. So all layers are one operation, which knows its model by a
+# number.
+models: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
+
+
+def enroll(model: nn.Module) -> None:
+    """Let `forward` take a model."""
+    model.number = max(models, default=0) + 1
+    models[model.number] = model
+
+
+@torch.library.custom_op("fastspec::layers", mutates_args=())
+def layers(
+    number: int, x: Tensor, weighted: Tensor, squares: Tensor, kv: Tensor, cached: Tensor,
+    ancestors: Tensor, cos: Tensor, sin: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """All layers of the model with this number; see `each_layer`."""
+
+    def add(odd: int, y: Tensor, module: nn.Linear, *args):
+        parts = (y, module.weight, module.bias, *args)
+        return add_linear_ranks(*parts, odd) if can_share(x) else add_linear(*parts)
+
+    return each_layer(models[number], x, weighted, squares, kv, cached, ancestors, (cos, sin), add)
+
+
+@layers.register_fake
+def _(number, x, weighted, squares, kv, *_):
+    args, w = models[number].args, models[number].layers[-1].mlp.w2.weight
+    tile = SUM_BLOCK if can_share(x) else tiling(*w.shape, len(x))["TILE"]
+    squares = squares.new_empty(triton.cdiv(len(w), tile), len(x))
+    width = (args.n_heads + 2 * args.n_kv_heads) * args.head_dim
+    return torch.empty_like(x), squares, x.new_empty(args.n_layers, len(x), width)
+
+
+def each_layer(
+    model, x, weighted, squares, kv, cached, ancestors, angles, add
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x * norm [M, D] for the product after the last layer, the sums of x^2 [T, M], and all layers'
+    projections [L, M, (H + 2 K) * E]. `add` adds a product to x and norms it."""
+    args = model.args
+    eps, turned = args.norm_eps, (args.n_heads + args.n_kv_heads) * args.head_dim
+    norms = [norm.weight for a in model.layers for norm in (a.attention_norm, a.mlp_norm)]
+    norms.append(model.norm.weight)
+    every_qkv = x.new_empty(len(kv), len(x), turned + args.n_kv_heads * args.head_dim)
+    for i, (layer, layer_kv) in enumerate(zip(model.layers, kv.unbind(), strict=True)):
+        wqkv, wo, w13, w2 = layer.attention.wqkv, layer.attention.wo, layer.mlp.w13, layer.mlp.w2
+        qkv = every_qkv[i]
+        qkv_linear(weighted, squares, eps, wqkv.weight, wqkv.bias, *angles, turned, qkv)
+        y = attention(qkv, layer_kv, cached, ancestors, args.n_heads)
+        x, weighted, squares = add(0, y, wo, x, norms[2 * i + 1])
+        z = gated_linear(weighted, squares, eps, w13.weight, w13.bias)
+        x, weighted, squares = add(1, z, w2, x, norms[2 * i + 2])
+    return weighted, squares, every_qkv
+
+
 def forward(
     model, tokens: Tensor, positions: Tensor, kv: Tensor, cached: Tensor, ancestors: Tensor,
     total=None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`Transformer.forward` where `fits` says so. Where ranks share the model, `total` sums what
-    each of them has of a product, unless they share memory for it."""
+    """`Transformer.forward` where `fits` says so, of an enrolled model. Where ranks share it,
+    `total` sums what each of them has of a product, unless they share memory for it."""
 
-    def add(y: Tensor, module: nn.Linear, x: Tensor, norm: Tensor, odd: int):
-        if total is None:
-            return add_linear(y, module.weight, module.bias, x, norm)
-        if can_share(x):
-            return add_linear_ranks(y, module.weight, module.bias, x, norm, odd)
+    def add(odd: int, y: Tensor, module: nn.Linear, x: Tensor, norm: Tensor):
         y = linear(y, module.weight, None, x.dtype)
         x = x + total(y if module.bias is None else y + module.bias)
         return x, x * norm, x.float().square().sum(-1)[None]
 
     args, (B, N) = model.args, tokens.shape
-    eps, turned = args.norm_eps, (args.n_heads + args.n_kv_heads) * args.head_dim
-    norms = [norm.weight for a in model.layers for norm in (a.attention_norm, a.mlp_norm)]
-    norms.append(model.norm.weight)
     x = model.embed(tokens).flatten(0, 1)  # [M D]
-    weighted, squares = x * norms[0], x.float().square().sum(-1)[None]
-    cached, cos, sin = places(cached, positions, model.inv_freq)
-    width = turned + args.n_kv_heads * args.head_dim
-    every_qkv = x.new_empty(len(model.layers), len(x), width)  # [L M (H + 2 K) * E]
-    for i, (layer, layer_kv) in enumerate(zip(model.layers, kv.unbind(), strict=True)):
-        wqkv, wo, w13, w2 = layer.attention.wqkv, layer.attention.wo, layer.mlp.w13, layer.mlp.w2
-        qkv, angles = every_qkv[i], (cos, sin)
-        qkv_linear(weighted, squares, eps, wqkv.weight, wqkv.bias, *angles, turned, qkv)
-        y = attention(qkv, layer_kv, cached, ancestors, args.n_heads)
-        x, weighted, squares = add(y, wo, x, norms[2 * i + 1], 0)
-        z = gated_linear(weighted, squares, eps, w13.weight, w13.bias)
-        x, weighted, squares = add(z, w2, x, norms[2 * i + 2], 1)
-    scale = torch.rsqrt(squares.sum(0) / args.dim + eps)[:, None]
+    weighted = x * model.layers[0].attention_norm.weight
+    squares = x.float().square().sum(-1)[None]
+    cached, *angles = places(cached, positions, model.inv_freq)
+    state = x, weighted, squares, kv, cached, ancestors
+    if total is None or can_share(x):
+        weighted, squares, every_qkv = layers(model.number, *state, *angles)
+    else:
+        weighted, squares, every_qkv = each_layer(model, *state, angles, add)
+    scale = torch.rsqrt(squares.sum(0) / args.dim + args.norm_eps)[:, None]
     hidden = (weighted * scale).to(x.dtype).view(B, N, -1)
-    new_kv = every_qkv.view(len(model.layers), B, N, -1, args.head_dim)[:, :, :, args.n_heads :]
+    new_kv = every_qkv.view(len(kv), B, N, -1, args.head_dim)[:, :, :, args.n_heads :]
     return hidden, new_kv.unflatten(3, (2, -1)).permute(0, 3, 1, 4, 2, 5)  # [L 2 B K N E]
 
 

@@ -91,6 +91,7 @@ def same_as_one_gpu(engine, whole, ranks, device):
     chain = torch.ones(N, N, dtype=torch.bool, device=device).tril()
 
     def hidden(model, total):
+        gpu_kernels.enroll(model)
         kv = model.norm.weight.new_zeros(kv_cache_shape(model.args, B, 80))
         args = tokens, positions, kv, cached, chain
         return gpu_kernels.forward(model, *args, total)[0].double()

@@ -28,6 +28,7 @@ from gpu_kernels import (
     choose,
     counters,
     draft_tree,
+    enroll,
     fits,
     forward,
     lineage,
@@ -187,8 +188,11 @@ def test_forward_equals_the_transformer(bias, total, B, N):
     ancestors[1:, 2:, 1:2] = False
     inputs = tokens, cached[:, None] + torch.arange(N).to(DEVICE), kv, cached, ancestors.to(DEVICE)
     assert fits(args, B * N)
+    enroll(model)
+    torch._dynamo.reset()
+    traced = torch.compile(forward, backend="aot_eager", fullgraph=True)  # as a step is compiled
     with torch.inference_mode():
-        for ours, plain in zip(forward(model, *inputs, total), model(*inputs), strict=True):
+        for ours, plain in zip(traced(model, *inputs, total), model(*inputs), strict=True):
             torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
 
 
@@ -252,6 +256,7 @@ def test_sums_take_turns(shared, monkeypatch):
     kv = random(*kv_cache_shape(args, 1, 80))
     inputs = tokens, cached[:, None] + torch.arange(2, device=DEVICE), kv, cached, ancestors
     halves, plain = shared(2), gpu_kernels.add_linear_ranks
+    enroll(model)
 
     def come_and_add(*inputs):
         taken.append(inputs[-1])
@@ -289,6 +294,13 @@ def test_what_the_compiler_is_told_of_shapes_is_so(M, shared):
         (torch.ops.fastspec.gated_linear, (x, random(3, M).square(), 1e-5, w, None)),
     ):
         torch.library.opcheck(op, args, test_utils="test_faketensor")
+    model = Transformer(ModelArgs(128, 1, 4, 2, 64, 192, 50)).to(DEVICE)
+    enroll(model)
+    kv, cached = random(*kv_cache_shape(model.args, 1, 30)), torch.tensor([7], device=DEVICE)
+    state = x, x, random(3, M).square(), kv, cached, torch.ones(M, M, device=DEVICE).bool().tril()
+    angles = random(M, 32), random(M, 32)
+    args = (model.number, *state, *angles)
+    torch.library.opcheck(torch.ops.fastspec.layers, args, test_utils="test_faketensor")
 
 
 def test_what_forward_does_not_take():
