@@ -6,7 +6,7 @@ each kernel is shaped to keep the bus busy:
 
 - `_linear`: a product of few rows. The weights are the matrix instruction's tall operand (up to 64
   rows of W), the tokens its narrow one (16 or 32), loads are several tiles ahead of the arithmetic,
-  and matrices of few rows are cut along K so that every multiprocessor has work. One token needs
+  and matrices of few rows are cut along C so that every multiprocessor has work. One token needs
   no matrix instruction.
 - RMS norm costs no kernel: the producer of x also writes x * weight and the sums of x^2 by tile,
   and the next product scales its result by rsqrt(mean(x^2) + eps). SiLU, bias and the residual
@@ -210,11 +210,12 @@ def tiling(R: int, C: int, M: int, eight_bit: bool = False) -> dict:
     if M == 1:
         tile = {"ROWS": 1, "DEEP": 512, "SPLITS": 1, "WHOLE": True}
         if C > 8192:
-            splits = next(s for s in range(C // 2048, C) if C % (s * 64) == 0)
+            splits = next((s for s in range(C // 2048, C) if C % (s * 16) == 0), 1)
             return tile | {"TILE": 8, "SPLITS": splits, "num_warps": 4}
         if many:
             few_warps = 1536 < C <= 4096 and not eight_bit
-            return tile | {"TILE": 8 if eight_bit else 4, "num_warps": 2 if few_warps else 4}
+            rows = 8 if eight_bit and C <= 3072 else 4
+            return tile | {"TILE": rows, "num_warps": 2 if few_warps else 4}
         if C <= 1536:
             return tile | {"TILE": 2, "num_warps": 2 if R > 1024 else 4}
         return tile | {"TILE": 16 if C <= 4096 else 8, "num_warps": 8}
@@ -284,18 +285,21 @@ def _fold(queries, keys, values, seen, scale, top, total, y):
 def _attend(
     qkv, kv, cached, ancestors, out, part, stats, count, scale, S, value_offset, row_ancestors,
     N: tl.constexpr, G: tl.constexpr, K: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr,
-    ROWS: tl.constexpr, SPLIT: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
+    ROWS: tl.constexpr, SPLIT: tl.constexpr, PARTS: tl.constexpr, EARLY: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Attention of ROWS of the G * N queries of one row's KV head. Each of PARTS programs leaves
     softmax numerators in part [tiles, PARTS, ROWS, WIDTH], maxima and sums in stats
-    [tiles, PARTS, 2, ROWS]; the last to finish joins them."""
+    [tiles, PARTS, 2, ROWS]; the last to finish joins them. EARLY: `cached`, and what it counts, was
+    there before the kernel before this one began, so that the first split need not wait for it."""
     tile, mine = tl.program_id(0), tl.program_id(1)
     blocks: tl.constexpr = (N * G + ROWS - 1) // ROWS
     bk, block = tile // blocks, tile % blocks
     b, head = bk // K, bk % K
     if PDL:
         gdc_launch_dependents()
-    # What earlier steps cached, of which the first split is loaded before the wait.
+    if PDL and not EARLY:
+        gdc_wait()
     root = tl.load(cached + b).to(tl.int32)
     live = (root + N + SPLIT - 1) // SPLIT
     i, e, slot = tl.arange(0, ROWS), tl.arange(0, WIDTH), mine * SPLIT + tl.arange(0, SPLIT)
@@ -303,7 +307,7 @@ def _attend(
     cache_at = kv + (bk * S + slot).to(tl.int64)[:, None] * E + e[None, :]
     old_keys = tl.load(cache_at, mask=in_cache & (e < E)[None, :], other=0.0)  # [SPLIT WIDTH]
     old_values = tl.load(cache_at + value_offset, mask=in_cache & (e < E)[None, :], other=0.0)
-    if PDL:
+    if PDL and EARLY:
         gdc_wait()
     if mine < live:
         query = block * ROWS + i
@@ -359,12 +363,13 @@ def _attend(
                         used, at = i * 0 + start + j < parts, stat_at + (start + j) * 2 * ROWS
                         its = tl.load(at, mask=used, other=float("-inf"), cache_modifier=".cg")
                         higher = tl.maximum(higher, its)
-                    kept, top = tl.exp(top - higher), higher
+                    base = tl.where(higher == float("-inf"), 0.0, higher)
+                    kept, top = tl.exp(top - base), higher
                     total, y = total * kept, y * kept[:, None]
                     for j in tl.static_range(TOGETHER):
                         used, at = i * 0 + start + j < parts, stat_at + (start + j) * 2 * ROWS
                         its = tl.load(at, mask=used, other=float("-inf"), cache_modifier=".cg")
-                        share = tl.exp(its - top)
+                        share = tl.exp(its - base)
                         its = tl.load(at + ROWS, mask=used, other=0.0, cache_modifier=".cg")
                         total += share * its
                         known, at = (used & real)[:, None], y_at + (start + j) * ROWS * WIDTH
@@ -376,13 +381,15 @@ def _attend(
 
 
 @torch.library.custom_op("fastspec::attention", mutates_args=())
-def attention(qkv: Tensor, kv: Tensor, cached: Tensor, ancestors: Tensor, n_heads: int) -> Tensor:
+def attention(
+    qkv: Tensor, kv: Tensor, cached: Tensor, ancestors: Tensor, n_heads: int, early: bool
+) -> Tensor:
     """Attention [M, H * E] of q over the first `cached` [B] slots of a contiguous cache
     kv [2, B, K, S, E], and over the call's own tokens where `ancestors` bool [N, N] or [B, N, N]
     allows.
 
     qkv [M, (H + 2 K) * E] are the projections, turned. The own tokens count as slots cached ..
-    cached + N - 1.
+    cached + N - 1. early: see `_attend`.
     """
     _, B, K, S, E = kv.shape
     N, G = ancestors.shape[-1], n_heads // K
@@ -396,14 +403,14 @@ def attention(qkv: Tensor, kv: Tensor, cached: Tensor, ancestors: Tensor, n_head
     _attend[(tiles, parts)](
         qkv, kv, cached, ancestors, out, part, stats, counters(qkv.device), E**-0.5, S,
         kv.stride(0), N * N * (ancestors.dim() - 2),
-        N=N, G=G, K=K, E=E, WIDTH=width, ROWS=QUERIES, SPLIT=SPLIT, PARTS=parts, PDL=qkv.is_cuda,
-        num_warps=8, num_stages=3 if width * qkv.element_size() <= 512 else 2, **pdl,
+        N=N, G=G, K=K, E=E, WIDTH=width, ROWS=QUERIES, SPLIT=SPLIT, PARTS=parts, EARLY=early,
+        PDL=qkv.is_cuda, num_warps=8, num_stages=3 if width * qkv.itemsize <= 512 else 2, **pdl,
     )  # fmt: skip
     return out
 
 
 @attention.register_fake
-def _(qkv, kv, cached, ancestors, n_heads):
+def _(qkv, kv, cached, ancestors, n_heads, early):
     return qkv.new_empty(len(qkv), n_heads * kv.shape[-1])
 
 
@@ -413,7 +420,7 @@ def cached_attention(
     """model.py's `plain_attention` of q [B, N, H, E], k, v [B, N, K, E]."""
     B, N, H, E = q.shape
     qkv = torch.cat((q, k, v), dim=2).view(B * N, -1)
-    return attention(qkv, kv, cached, ancestors, H).view(B, N, H, E)
+    return attention(qkv, kv, cached, ancestors, H, False).view(B, N, H, E)
 
 
 # --- sums over ranks ---------------------------------------------------------------------------
@@ -436,7 +443,8 @@ def share(memory: Sequence[Tensor], rank: int) -> None:
 
 def can_share(x: Tensor) -> bool:
     """Whether `add_linear_ranks` takes results like x [M, D]."""
-    return x.dtype in shared_memory and x.nbytes <= PART_BYTES
+    small = len(x) <= MOST_ROWS and x.nbytes <= PART_BYTES
+    return small and x.dtype in shared_memory
 
 
 @triton.jit(do_not_specialize=["rank"])
@@ -537,7 +545,8 @@ def qkv_linear(
 @torch.library.custom_op("fastspec::places", mutates_args=())
 def places(cached: Tensor, positions: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """A copy of `cached`, and cosine and sine [M, E / 2] of the positions' angles. An operation
-    of its own: the compiler would compute what it inlines again for every layer."""
+    of its own: the compiler would compute what it inlines again for every layer. No kernel starts
+    before these are done."""
     angles = positions.reshape(-1, 1) * inv_freq
     return cached.clone(), angles.cos(), angles.sin()
 
@@ -630,7 +639,7 @@ def each_layer(
         wqkv, wo, w13, w2 = layer.attention.wqkv, layer.attention.wo, layer.mlp.w13, layer.mlp.w2
         qkv = every_qkv[i]
         qkv_linear(weighted, squares, eps, wqkv.weight, wqkv.bias, *angles, turned, qkv)
-        y = attention(qkv, layer_kv, cached, ancestors, args.n_heads)
+        y = attention(qkv, layer_kv, cached, ancestors, args.n_heads, True)
         x, weighted, squares = add(0, y, wo, x, norms[2 * i + 1])
         z = gated_linear(weighted, squares, eps, w13.weight, w13.bias)
         x, weighted, squares = add(1, z, w2, x, norms[2 * i + 2])

@@ -40,6 +40,7 @@ from gpu_kernels import (
 )
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SHORT = torch.bfloat16 if DEVICE == "cuda" else torch.float16  # as the interpreter can
 
 
 def attention_inputs(B, N, H, K, E, S, cached, dtype=torch.float32, seed=0, trees=1):
@@ -121,7 +122,7 @@ def test_nothing_past_the_live_length_is_read():
 
 
 @pytest.mark.parametrize("parts", [1, 2, 16])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, SHORT])
 def test_key_counts_the_same_in_the_cache_and_among_the_own_tokens(parts, dtype, monkeypatch):
     """Bit for bit, in steps of one width: tokens that one step ends with and a later one begins
     with, where either crosses into a split of the next program, or of the first one again."""
@@ -147,7 +148,10 @@ def random(*shape, scale=1.0):
 @pytest.mark.parametrize("splits", [0, 1, 2])
 @pytest.mark.parametrize(
     ("M", "R", "C"),
-    [(1, 64, 128), (1, 100, 640), (5, 192, 256), (25, 128, 128), (3, 100, 192)],  # 100: masked
+    [
+        *((1, 64, 128), (1, 100, 640), (5, 192, 256), (25, 128, 128), (3, 100, 192)),  # 100: masked
+        *((1, 12, 2048), (1, 12, 4160), (1, 8, 11008), (1, 8, 8320)),  # cut in other ways
+    ],
 )
 def test_small_product_equals_plain(M, R, C, splits):
     """With everything that is fused into it, cut as usual (0) or into parts of C. float32 sums in
