@@ -50,6 +50,11 @@ def counters(device: torch.device) -> Tensor:
     return torch.zeros(MOST_TILES, dtype=torch.int32, device=device)
 
 
+def pdl(x: Tensor) -> dict:
+    """Options of a kernel that works on x: with programmatic dependent launch on a GPU."""
+    return {"PDL": True, "launch_pdl": True} if x.is_cuda else {"PDL": False}
+
+
 # --- small products ----------------------------------------------------------------------------
 
 
@@ -245,13 +250,11 @@ def small(
     cos, sin = angles or (None, None)
     in_tiles = len(squares) if squares is not None else 1
     even = C % (tile["DEEP"] * splits) == 0 and R % tile["TILE"] == 0
-    pdl = {"launch_pdl": True} if x.is_cuda else {}
     _linear[(tiles, splits)](
         x, w, row_scale, bias, squares, residual, norm, cos, sin, out, weighted, out_squares, part,
         counters(x.device), M, R, in_tiles, turned, eps,
         E=2 * cos.shape[1] if angles else 1, C=C, GATED=gated, EVEN=even,
-        IN_TILES=triton.next_power_of_2(in_tiles), PDL=x.is_cuda,
-        **tile, **pdl,
+        IN_TILES=triton.next_power_of_2(in_tiles), **tile, **pdl(x),
     )  # fmt: skip
     return out, weighted, out_squares
 
@@ -399,12 +402,11 @@ def attention(
     part = qkv.new_empty(tiles, parts, QUERIES, width, **floats) if shared else None
     stats = qkv.new_empty(tiles, parts, 2, QUERIES, **floats) if shared else None
     out = qkv.new_empty(B * N, n_heads * E)
-    pdl = {"launch_pdl": True} if qkv.is_cuda else {}
     _attend[(tiles, parts)](
         qkv, kv, cached, ancestors, out, part, stats, counters(qkv.device), E**-0.5, S,
         kv.stride(0), N * N * (ancestors.dim() - 2),
         N=N, G=G, K=K, E=E, WIDTH=width, ROWS=QUERIES, SPLIT=SPLIT, PARTS=parts, EARLY=early,
-        PDL=qkv.is_cuda, num_warps=8, num_stages=3 if width * qkv.itemsize <= 512 else 2, **pdl,
+        num_warps=8, num_stages=3 if width * qkv.itemsize <= 512 else 2, **pdl(qkv),
     )  # fmt: skip
     return out
 
@@ -496,11 +498,10 @@ def add_linear_ranks(
     small(x, w, bias=bias, out=parts[rank][: M * D].view(M, D))
     out, weighted = torch.empty_like(residual), torch.empty_like(residual)
     squares = x.new_empty(triton.cdiv(D, SUM_BLOCK), M, dtype=torch.float32)
-    pdl = {"launch_pdl": True} if x.is_cuda else {}
     _add_parts[(len(squares), M)](
         tuple(parts), tuple(flags), flags[rank], rank, residual, norm, out, weighted, squares, D,
         RANKS=len(parts), WIDTH=triton.next_power_of_2(len(parts)), BLOCK=SUM_BLOCK,
-        num_warps=4, PDL=x.is_cuda, **pdl,
+        num_warps=4, **pdl(x),
     )  # fmt: skip
     return out, weighted, squares
 
@@ -878,15 +879,12 @@ def choose(
     B, n, V = logits.shape
     assert B * n <= MOST_TILES
     blocks = triton.cdiv(V, BLOCK)
-    cuda = logits.is_cuda
-    options = {"BLOCK": BLOCK, "BLOCKS": triton.next_power_of_2(blocks), "PDL": cuda}
-    options |= {"launch_pdl": True} if cuda else {}
+    options = {"BLOCK": BLOCK, "BLOCKS": triton.next_power_of_2(blocks), **pdl(logits)}
     grid, floats = (B * n, blocks), {"dtype": torch.float32, "device": logits.device}
     tops = k_found = p_found = None
     if top_k is not None:
         tops = torch.empty(B * n, blocks, **floats)
-        plain = {k: v for k, v in options.items() if k != "BLOCKS"}
-        _row_max[grid](logits, tops, V, **plain)
+        _row_max[grid](logits, tops, V, BLOCK=BLOCK, **pdl(logits))
         k_found, p_found = torch.empty(2, 7, B * n, dtype=torch.int32, device=logits.device)
         sums, goal = torch.empty(6, B * n, blocks, 32, **floats), torch.empty(B * n, **floats)
         for setting, found, by_mass in ((top_k, k_found, False), (top_p, p_found, True)):
@@ -985,12 +983,10 @@ def top(
     block = BLOCK if M * V > 128 * BLOCK else BLOCK // 4  # else much of the GPU would be idle
     blocks, width = triton.cdiv(V, block), triton.next_power_of_2(k)
     part = logits.new_empty(M, blocks, 2 * width + 2)
-    options = {"BLOCK": block, "BLOCKS": triton.next_power_of_2(blocks), "PDL": logits.is_cuda}
-    options |= {"launch_pdl": True} if logits.is_cuda else {}
     _top[(M, blocks)](
         logits, ids, temperature, seed, position, above, part, columns, scores, parents,
         counters(logits.device), V, blocks, least, n, stride, old_stride, first, ahead,
-        k=k, WIDTH=width, **options,
+        k=k, WIDTH=width, BLOCK=block, BLOCKS=triton.next_power_of_2(blocks), **pdl(logits),
     )  # fmt: skip
 
 
@@ -1061,11 +1057,10 @@ def next_state(
     """out [M, W] of `_state`, M = B * n."""
     W, D = y.shape[1], hidden.shape[1] if hidden is not None else 1
     out = y.new_empty(M, W, dtype=dtype)
-    pdl = {"launch_pdl": True} if y.is_cuda else {}
     _state[(M,)](
         y, hidden, token, emb_row, parent, emb, weight, bias, out, token_scale, n, stride, old_n,
         first, D, W=W, WIDTH=triton.next_power_of_2(W), IN_WIDTH=triton.next_power_of_2(D),
-        num_warps=8, PDL=y.is_cuda, **pdl,
+        num_warps=8, **pdl(y),
     )  # fmt: skip
     return out
 
@@ -1129,10 +1124,9 @@ def best(
 ) -> None:  # fmt: skip
     """Launch `_best` on nodes [B, n]; out are views of rows that are as long as each other."""
     B, n = columns.shape
-    pdl = {"launch_pdl": True} if columns.is_cuda else {}
     _best[(B, triton.cdiv(n, 32))](
         scores, columns, parents, token, ids, *out, n, keep, out[1].stride(0),
-        BLOCK=32, PDL=columns.is_cuda, **pdl,
+        BLOCK=32, **pdl(columns),
     )  # fmt: skip
 
 
@@ -1243,10 +1237,9 @@ def lineage(parent: Tensor, deepest: int) -> tuple[Tensor, Tensor]:
     B, N = parent.shape
     ancestors = parent.new_empty(B, N, N, dtype=torch.bool)
     depth = torch.empty_like(parent)
-    pdl = {"launch_pdl": True} if parent.is_cuda else {}
     _lineage[(B,)](
         parent, ancestors, depth, N, DEEPEST=deepest, WIDTH=triton.next_power_of_2(N),
-        PDL=parent.is_cuda, **pdl,
+        **pdl(parent),
     )  # fmt: skip
     return ancestors, depth
 
@@ -1288,12 +1281,11 @@ def accepted_path(
     depths: Tensor,
 ) -> Tensor:  # fmt: skip
     """fastspec.py's: the accepted node at each of `depths` [P], or 0; [B, P]."""
-    (B, N), P, cuda = parent.shape, len(depths), parent.is_cuda
+    (B, N), P = parent.shape, len(depths)
     path = parent.new_empty(B, P)
-    pdl = {"launch_pdl": True} if cuda else {}
     _accepted_path[(B,)](
         candidates, sampled, parent, ancestors, depth, depths, path, N, P,
-        WIDTH=triton.next_power_of_2(N), DEPTHS=triton.next_power_of_2(P), PDL=cuda, **pdl,
+        WIDTH=triton.next_power_of_2(N), DEPTHS=triton.next_power_of_2(P), **pdl(parent),
     )  # fmt: skip
     return path
 
