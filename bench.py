@@ -39,7 +39,7 @@ from torch import Tensor
 import fastspec
 from fastspec import LLM, Engine, Request, SamplingParams, step_needs
 from model import Transformer, hf_tensors, rope_frequencies
-from speculator import MLPSpeculator
+from speculator import MLPSpeculator, tree_widths
 
 # --- shapes: the published pairs, by the fields of their config.json ----------------------------
 
@@ -176,10 +176,8 @@ def head_weights(speculator: MLPSpeculator, i: int) -> Weights:
 def draft_rows(engine: Engine) -> list[int]:
     """Nodes of one sequence from which each head drafts: in a tree, all that are kept at its depth.
     However many they are, the head is read once."""
-    rows = [1] * engine.k
-    for i in range(1, engine.k if engine.tree else 0):
-        rows[i] = min(rows[i - 1] * engine.top_k_tokens_per_head[i - 1], engine.tree - i)
-    return rows
+    top_k = engine.top_k_tokens_per_head if engine.tree else (1,) * engine.k
+    return tree_widths(top_k, nodes_of(engine))[1][: engine.k]
 
 
 def step_need(target: Weights, heads: list[Weights], engine: Engine, live: float) -> Work:

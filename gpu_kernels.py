@@ -35,6 +35,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from speculator import tree_widths
+
 MOST_ROWS = 32  # of a small product; more rows are the library's
 TILE = 64  # most rows of a weight per program: what one matrix instruction takes
 MOST_TILES = 65536  # counted at once
@@ -1130,18 +1132,6 @@ def best(
     )  # fmt: skip
 
 
-def widths(top_k: Sequence[int], nodes: int) -> tuple[list[int], list[int]]:
-    """How many children each node gets, by depth, and how many nodes then go on: at most as many
-    as the tree can hold there. Those of the last depth all do."""
-    children, counts = [], [1]
-    for i, k in enumerate(top_k):
-        most = nodes - 1 - i  # the tree has i nodes between, where it is so deep
-        children.append(min(k, most))
-        width = counts[-1] * children[-1]
-        counts.append(width if i == len(top_k) - 1 else min(width, most))
-    return children, counts
-
-
 @torch.library.custom_op("fastspec::draft", mutates_args=())
 def draft(
     hidden: Tensor, token: Tensor, position: Tensor, temperature: Tensor | None,
@@ -1152,7 +1142,7 @@ def draft(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Tokens and parents [B, nodes] of speculator.py's `draft_tree` from hidden [B, D], token and
     position [B], with noise of temperature and seed [B] if given."""
-    B, (children, counts) = len(token), widths(top_k, nodes)
+    B, (children, counts) = len(token), tree_widths(top_k, nodes)
     n, last, ints = sum(counts), len(head) - 1, {"dtype": torch.int64, "device": token.device}
     columns, parents = torch.empty(2, B, n, **ints)
     scores = None if max(top_k) == 1 else hidden.new_empty(B, n, dtype=torch.float32)
@@ -1193,7 +1183,7 @@ def draft(
 @draft.register_fake
 def _(hidden, token, *args):
     *_, top_k, nodes, _ = args
-    shape = len(token), min(nodes, sum(widths(top_k, nodes)[1]))
+    shape = len(token), min(nodes, sum(tree_widths(top_k, nodes)[1]))
     return token.new_empty(shape), token.new_empty(shape)
 
 

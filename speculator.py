@@ -221,12 +221,12 @@ class MLPSpeculator(nn.Module):
         top = top or top_children
         joint = torch.zeros(token.shape, device=token.device)  # log-probability from the root
         levels, first = [(token, torch.zeros_like(token), joint)], 0
-        for i, k in enumerate(top_k):
+        children, counts = tree_widths(top_k, nodes)
+        for i, k in enumerate(children):
             state, logits = self.step(i, state, token)
             scores = score(logits, position + i + 1, self.draft_ids)
-            most = nodes - 1 - i  # below here: the tree has i nodes between, where it is so deep
-            child, gain = top(scores, min(k, most), LEAST)
-            C, k = child.shape[1:]
+            child, gain = top(scores, k, LEAST)
+            C, most = counts[i : i + 2]
             parent = (torch.arange(C * k, device=child.device) // k).expand(child.shape[0], -1)
             token, joint = child.flatten(1), (joint[..., None] + gain).flatten(1)  # [B C*k]
             if C * k > most:
@@ -246,6 +246,18 @@ class MLPSpeculator(nn.Module):
 
 # Smallest log-probability of a token: sums of a few stay finite, whatever the logits are.
 LEAST = -1e4
+
+
+def tree_widths(top_k: Sequence[int], nodes: int) -> tuple[list[int], list[int]]:
+    """How many children each node gets, by depth, and how many nodes then go on: at most as many
+    as the tree can hold there. Those of the last depth all do."""
+    children, counts = [], [1]
+    for i, k in enumerate(top_k):
+        most = nodes - 1 - i  # the tree has i nodes between, where it is so deep
+        children.append(min(k, most))
+        width = counts[-1] * children[-1]
+        counts.append(width if i == len(top_k) - 1 else min(width, most))
+    return children, counts
 
 
 def top_children(scores: Tensor, k: int, least: float = LEAST) -> tuple[Tensor, Tensor]:
