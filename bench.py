@@ -227,19 +227,6 @@ class BenchEngine(Engine):
         torch.cuda.empty_cache()
         return Work(*(found if self.ranks is None else self.ranks.sum(found)).tolist())
 
-    def draft_alone(self, noisy: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """A step's candidates, which of them is whose ancestor, and their depths."""
-        root = self.length - 1
-        last = self.tokens.gather(1, root[:, None])[:, 0]
-        tokens, _, ancestors, depth = self.candidates(last, root, noisy)
-        return tokens, ancestors, depth
-
-    def verify_alone(self, candidates, ancestors, depth, live: int | None, *needs: bool):
-        kv, root = self.kv if live is None else self.kv[..., :live, :], self.length - 1
-        positions = root[:, None] + depth
-        hidden, new_kv = self.verify(candidates, positions, kv, root, ancestors)
-        return self.choose(self.logits(hidden), positions + 1, None, *needs, self.ranks), new_kv
-
     @torch.inference_mode()
     def time_parts(self, live: int, noisy: bool, filtered: bool) -> list[float]:
         """Milliseconds of draft and of verify, each compiled by itself, with `live` tokens in every
@@ -247,8 +234,9 @@ class BenchEngine(Engine):
         self.length.fill_(live)
         self.all_drafts = True
         slots, times = None if self.compiled else live - 1, []
-        verify = (*self.draft_alone(noisy), slots, noisy, filtered)
-        for part, args in ((self.draft_alone, (noisy,)), (self.verify_alone, verify)):
+        tokens, _, *tree = self.candidates(noisy)
+        verify = tokens, *tree, slots, noisy, filtered
+        for part, args in ((self.candidates, (noisy,)), (self.verify, verify)):
             if self.compiled:
                 part = torch.compile(part, mode="reduce-overhead", fullgraph=True, dynamic=False)
             for _ in range(3 if self.compiled else 1):  # compile, capture, replay

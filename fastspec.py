@@ -269,10 +269,6 @@ def count_emitted(
 Packet = tuple[Tensor, torch.cuda.Event | None]
 
 
-def new_packet(result: Tensor) -> Packet:
-    return torch.empty_like(result, device="cpu", pin_memory=True), torch.cuda.Event()
-
-
 def to_device(x: Tensor, device: torch.device) -> Tensor:
     """Copy to the device without making the host wait for the work queued there."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
@@ -366,13 +362,8 @@ class Engine(nn.Module):
         """One step of every row over the first `live` slots of the cache, or all of them (the
         Triton attention stops at each row's own length). A batch without sampled rows needs no
         noise, one without filters no filtering."""
-        kv = self.kv if live is None else self.kv[..., :live, :]
-        root = self.length - 1  # [B], the slot and position of the last token
-        last = self.tokens.gather(1, root[:, None])[:, 0]  # [B]
-        candidates, parent, ancestors, depth = self.candidates(last, root, noisy)
-        positions = root[:, None] + depth  # [B N]
-        hidden, new_kv = self.verify(candidates, positions, kv, root, ancestors)
-        sampled = self.choose(self.logits(hidden), positions + 1, None, noisy, filtered, self.ranks)
+        candidates, parent, ancestors, depth = self.candidates(noisy)
+        sampled, hidden, new_kv = self.verify(candidates, ancestors, depth, live, noisy, filtered)
         drafted = candidates[:, 1:]
         if self.tree:  # from here on the accepted path is a chain like any other
             walk = accepted_path if self.kernels is None else self.kernels.accepted_path
@@ -383,29 +374,41 @@ class Engine(nn.Module):
 
         room = torch.where(self.done, 0, self.limit - self.length)
         emitted, accepted, stopped = count_emitted(drafted, sampled, self.stop_ids, room)
-        slots = root[:, None] + self.depth[: sampled.shape[1]]
+        slots = self.length[:, None] - 1 + self.depth[: sampled.shape[1]]
         write_cache(self.kv, new_kv, slots)  # beyond the accepted: dead slots
         self.commit(emitted, stopped, sampled, hidden, accepted)
 
-    def candidates(self, last: Tensor, root: Tensor, noisy: bool) -> tuple[Tensor, ...]:
-        """The last tokens [B] and drafts after them, [B, N]; their parents (None in a chain), which
-        of them is whose ancestor, and their depths."""
+    def candidates(self, noisy: bool) -> tuple[Tensor, ...]:
+        """The last tokens and drafts after them, [B, N]; their parents (None in a chain), which of
+        them is whose ancestor, and their depths."""
+        root = self.length - 1  # [B], the slot and position of the last token
+        last = self.tokens.gather(1, root[:, None])[:, 0]  # [B]
         if self.tree:
             tokens, parent = self.draft_tree(last, root, noisy)
-            return tokens, parent, *self.lineage(parent)
+            find = lineage if self.kernels is None else self.kernels.lineage
+            return tokens, parent, *find(parent, self.k)
         tokens = self.draft(last, root, noisy) if self.k else last[:, None]
         N = tokens.shape[1]
         return tokens, None, self.ancestors[:N, :N], self.depth[:N]
 
-    def verify(self, tokens: Tensor, positions: Tensor, kv, root, ancestors):
-        """The target's hidden states [B, N, D] of the candidates, and their keys and values."""
+    def verify(
+        self, tokens: Tensor, ancestors: Tensor, depth: Tensor, live: int | None, *needs: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The target's choice after each candidate [B, N], its hidden states [B, N, D], and the
+        candidates' keys and values; `live` and needs (noisy, filtered) as for `decode_step`."""
+        kv = self.kv if live is None else self.kv[..., :live, :]
+        root = self.length - 1
+        positions = root[:, None] + depth  # [B N]
+        given = tokens, positions, kv, root, ancestors
         if self.kernels is None:
-            return self.model(tokens, positions, kv, root, ancestors)
-        if not self.kernels.fits(self.model.args, tokens.numel()):
-            attend = self.kernels.cached_attention
-            return self.model(tokens, positions, kv, root, ancestors, attend)
-        total = None if self.ranks is None else self.ranks.sum
-        return self.kernels.forward(self.model, tokens, positions, kv, root, ancestors, total)
+            hidden, new_kv = self.model(*given)
+        elif self.kernels.fits(self.model.args, tokens.numel()):
+            total = None if self.ranks is None else self.ranks.sum
+            hidden, new_kv = self.kernels.forward(self.model, *given, total)
+        else:
+            hidden, new_kv = self.model(*given, self.kernels.cached_attention)
+        sampled = self.choose(self.logits(hidden), positions + 1, None, *needs, self.ranks)
+        return sampled, hidden, new_kv
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Float32 logits [B, N, V] of hidden states [B, N, D]."""
@@ -463,11 +466,6 @@ class Engine(nn.Module):
         settings = (self.temperature, self.seed) if noisy else ()
         state = self.speculator, self.hidden, last, root
         return self.draft_kernels.draft_tree(*state, top_k, nodes, LEAST, *settings)
-
-    def lineage(self, parent: Tensor) -> tuple[Tensor, Tensor]:
-        """Ancestors [B, N, N] and depths [B, N] of a tree's nodes."""
-        find = lineage if self.kernels is None else self.kernels.lineage
-        return find(parent, self.k)
 
     def scores(self, logits: Tensor, position: Tensor, ids: Tensor | None, ranks) -> Tensor:
         """Logits [B, n, V] of the tokens `ids` [V], or of all, plus the noise of their absolute
@@ -677,7 +675,10 @@ class Engine(nn.Module):
         """Start copying the last result to the host."""
         if self.result.device.type != "cuda":
             return self.result.clone(), None
-        buffer, event = self.packets.pop() if self.packets else new_packet(self.result)
+        if not self.packets:
+            buffer = torch.empty_like(self.result, device="cpu", pin_memory=True)
+            self.packets.append((buffer, torch.cuda.Event()))
+        buffer, event = self.packets.pop()
         buffer.copy_(self.result, non_blocking=True)
         event.record()
         return buffer, event
