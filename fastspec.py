@@ -22,8 +22,9 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -898,9 +899,7 @@ def pack_linears(module: nn.Module, exact: bool) -> None:
     for name in [name for name, _ in module.named_children()]:
         child = getattr(module, name)
         if isinstance(child, nn.Linear):
-            weight = child.weight
-            half = hasattr(torch.ops.quantized, "linear_dynamic_fp16")
-            half = half and not (exact and (weight.half() != weight).any())
+            half = not (exact and (child.weight.half() != child.weight).any())
             setattr(module, name, HalfLinear(child) if half else PackedLinear(child))
         else:
             pack_linears(child, exact)
@@ -1411,9 +1410,7 @@ def check_memory(
 
 def progress(what: str):
     """A progress bar around the tensor names of a load, on a terminal only."""
-    return lambda names: tqdm(
-        names, desc=f"loading {what}", unit="tensor", leave=False, disable=None
-    )
+    return partial(tqdm, desc=f"loading {what}", unit="tensor", leave=False, disable=None)
 
 
 # --- command line ------------------------------------------------------------------------------
@@ -1555,10 +1552,12 @@ def run(args: argparse.Namespace, ranks=None) -> None:
     if llm.compiled:
         print("fastspec: compiling the decode step, about a minute unless cached", file=sys.stderr)
     llm.engine.warm_up(*needs)
-    with profiler(args.profile):
+    with torch.profiler.profile() if args.profile else nullcontext() as trace:
         speculator = args.speculator if llm.k else None
         text = summary(outputs, speculator, llm.tokenizer, not args.interactive)
     print(text, file=sys.stderr)
+    if trace:
+        trace.export_chrome_trace(args.profile)
     if bad:
         raise ValueError(f"{args.prompts}: {bad} of {good + bad} rows were not run")
 
@@ -1853,17 +1852,6 @@ def summary(
     if together and len(first) > 1:
         lines[1] += f", {tokens / (time.perf_counter() - start):.1f} in all"
     return "\n" + "\n".join(lines)
-
-
-@contextmanager
-def profiler(file: str | None):
-    """Write a Chrome trace of the block to `file`, if one is given."""
-    if file is None:
-        yield
-        return
-    with torch.profiler.profile() as profile:
-        yield
-    profile.export_chrome_trace(file)
 
 
 if __name__ == "__main__":

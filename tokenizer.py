@@ -578,7 +578,8 @@ class Tokenizer:
 
         Half of a surrogate pair, which no UTF-8 can hold, is read as U+FFFD.
         """
-        parts: list[str | int] = [_without_surrogates(text)] if text else []
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        parts: list[str | int] = [text] if text else []
         for stage in self.stages:
             parts = [
                 x
@@ -608,10 +609,6 @@ class Tokenizer:
         ValueError: there is no template, or it failed, or it refused the messages.
         """
         return _render(self.chat_template, self.special_tokens, messages, add_generation_prompt)
-
-
-def _without_surrogates(text: str) -> str:
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 # ---- the files beside: they name special tokens and add tokens ----
