@@ -19,7 +19,9 @@ import torch.nn as nn
 from safetensors.torch import save_file
 
 import fastspec
-from fastspec import LLM, SamplingParams
+from fastspec import LLM, SamplingParams, decode_loop
+from model import load_model
+from speculator import load_speculator
 from tokenizer import load_tokenizer
 
 
@@ -235,6 +237,17 @@ def runs_of_one_graph(engine, prompts, run):
     return runs
 
 
+def run_requests(engine, requests):
+    """Token ids of each request, and each one's count of decode steps and accepted drafts."""
+    n = len(requests)
+    tokens, steps, accepted = [[] for _ in requests], [0] * n, [0] * n
+    for event in decode_loop(engine, requests):
+        tokens[event.request] += event.tokens
+        steps[event.request] += 1
+        accepted[event.request] += event.accepted
+    return tokens, steps, accepted
+
+
 def launches(engine, noisy=False):
     """What five steps launch, by name; T > 0 with filters if noisy."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
@@ -253,6 +266,17 @@ def script_for(prompts, answers, max_seq_len=256):
     return script
 
 
+INDEX = "model.safetensors.index.json"
+BAD_INDEXES = {
+    "absent": ('{"metadata": {}}', f"{INDEX}: weight_map is missing"),
+    "a_list": ('{"weight_map": ["model.safetensors"]}', f"{INDEX}: weight_map is missing"),
+    "not_json": ("{", f"{INDEX}: not valid JSON ("),
+    "not_an_object": ("[]", f"{INDEX}: expected a JSON object, found list"),
+    "no_name": ('{"weight_map": {"a": 3}}', f"{INDEX}: '3' is not the name of a .safetensors file"),
+    "a_path": ('{"weight_map": {"a": "../x.safetensors"}}', "'../x.safetensors' is not the name"),
+}
+
+
 @pytest.fixture(scope="session")
 def llama_dir(tmp_path_factory):
     directory = tmp_path_factory.mktemp("llama")
@@ -265,6 +289,16 @@ def speculator_dir(tmp_path_factory):
     directory = tmp_path_factory.mktemp("speculator")
     tiny_speculator(directory)
     return directory
+
+
+@pytest.fixture(scope="module")
+def model(llama_dir):
+    return load_model(llama_dir)
+
+
+@pytest.fixture(scope="module")
+def speculator(speculator_dir):
+    return load_speculator(speculator_dir)
 
 
 # ---- checkpoints that speak ----

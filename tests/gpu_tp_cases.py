@@ -7,10 +7,10 @@ import sys
 
 import torch
 import torch.distributed as dist
-from conftest import Scripted, launches, runs_of_one_graph
+from conftest import Scripted, launches, run_requests, runs_of_one_graph
 
 import tp
-from fastspec import Engine, Request, SamplingParams, decode_loop
+from fastspec import Engine, Request, SamplingParams
 from model import ModelArgs, Transformer, hf_tensors, kv_cache_shape, rope_frequencies
 
 CUDA = torch.cuda.is_available()
@@ -52,12 +52,9 @@ def new_engine(model, ranks, device):
 
 
 def run(engine, params):
-    tokens, accepted = [[] for _ in PROMPTS], 0
     requests = [Request(p, params, 7 + i, []) for i, p in enumerate(PROMPTS)]
-    for event in decode_loop(engine, requests):
-        tokens[event.request] += event.tokens
-        accepted += event.accepted
-    return tokens, accepted
+    tokens, _, accepted = run_requests(engine, requests)
+    return tokens, sum(accepted)
 
 
 def chain(engine, temperature):

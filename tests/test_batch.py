@@ -15,14 +15,8 @@ from conftest import (
 
 import fastspec
 from fastspec import Engine, Request, SamplingParams, decode_loop
-from model import load_model
 
 # ---- rows kept busy ----
-
-
-@pytest.fixture(scope="module")
-def model(llama_dir):
-    return load_model(llama_dir)
 
 
 def requests_of(lengths):

@@ -10,6 +10,7 @@ import torch.nn as nn
 from conftest import (
     Scripted,
     load,
+    run_requests,
     script_for,
     store_as_bin,
     tiny_gpt_bigcode,
@@ -40,16 +41,6 @@ NEW = 100
 
 
 @pytest.fixture(scope="module")
-def model(llama_dir):
-    return load_model(llama_dir)
-
-
-@pytest.fixture(scope="module")
-def speculator(speculator_dir):
-    return load_speculator(speculator_dir)
-
-
-@pytest.fixture(scope="module")
 def greedy(llama_dir):
     """What transformers generates greedily after each prompt."""
     from transformers import LlamaForCausalLM
@@ -70,13 +61,7 @@ def engine_for(model, speculator=None, k=3, **options):
 def run(engine, prompts, params=None, stop_ids=(), seed=0):
     """Token ids of each prompt, and each one's count of decode steps and accepted drafts."""
     params = params or SamplingParams(temperature=0, max_tokens=NEW)
-    requests = [Request(p, params, seed, list(stop_ids)) for p in prompts]
-    tokens, steps, accepted = ([[] for _ in prompts], [0] * len(prompts), [0] * len(prompts))
-    for event in decode_loop(engine, requests):
-        tokens[event.request] += event.tokens
-        steps[event.request] += 1
-        accepted[event.request] += event.accepted
-    return tokens, steps, accepted
+    return run_requests(engine, [Request(p, params, seed, list(stop_ids)) for p in prompts])
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5])

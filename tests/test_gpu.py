@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import Scripted, launches, runs_of_one_graph
+from conftest import Scripted, launches, run_requests, runs_of_one_graph
 
 from fastspec import Engine, Request, SamplingParams, decode_loop
 from model import ModelArgs, Transformer, rope_frequencies
@@ -51,12 +51,9 @@ def prompt(length, seed=0):
 
 
 def run(engine, prompts, params):
-    tokens, accepted = [[] for _ in prompts], 0
     requests = [Request(p, params, 7 + i, []) for i, p in enumerate(prompts)]
-    for event in decode_loop(engine, requests):
-        tokens[event.request] += event.tokens
-        accepted += event.accepted
-    return tokens, accepted
+    tokens, _, accepted = run_requests(engine, requests)
+    return tokens, sum(accepted)
 
 
 def compiled_so_far():

@@ -14,6 +14,8 @@ import pytest
 import torch
 from conftest import (
     BAD_BINS,
+    BAD_INDEXES,
+    INDEX,
     TINY,
     memory_beside_the_model,
     store_as_bin,
@@ -791,17 +793,6 @@ def test_all_missing_shards_are_named(sharded_dir, tmp_path, monkeypatch):
         file.unlink()
     names = ", ".join(file.name for file in gone)
     assert_refused(copy, f"{copy}: {names} not found; download it again", monkeypatch)
-
-
-INDEX = "model.safetensors.index.json"
-BAD_INDEXES = {
-    "absent": ('{"metadata": {}}', f"{INDEX}: weight_map is missing"),
-    "a_list": ('{"weight_map": ["model.safetensors"]}', f"{INDEX}: weight_map is missing"),
-    "not_json": ("{", f"{INDEX}: not valid JSON ("),
-    "not_an_object": ("[]", f"{INDEX}: expected a JSON object, found list"),
-    "no_name": ('{"weight_map": {"a": 3}}', f"{INDEX}: '3' is not the name of a .safetensors file"),
-    "a_path": ('{"weight_map": {"a": "../x.safetensors"}}', "'../x.safetensors' is not the name"),
-}
 
 
 @pytest.mark.parametrize("case", BAD_INDEXES)

@@ -11,7 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import BAD_BINS, memory_beside_the_model, store_as_bin, tiny_speculator
+from conftest import (
+    BAD_BINS,
+    BAD_INDEXES,
+    INDEX,
+    memory_beside_the_model,
+    store_as_bin,
+    tiny_speculator,
+)
 from safetensors.torch import load_file, save_file
 
 import speculator as module
@@ -233,32 +240,21 @@ def assert_holds(model, tensors):
     assert [name for name in state if not torch.equal(state[name], tensors[name])] == []
 
 
+@pytest.mark.parametrize("save", [store, store_as_bin])
 @pytest.mark.parametrize("shards", [1, 2])
 @pytest.mark.parametrize("prefix", ["speculator.", ""])
 @pytest.mark.parametrize("form", ["untied", "tied_every_alias", "tied_once", "tied_last_alias"])
-def test_every_storage_form_loads_the_same_tensors(form, prefix, shards, tmp_path):
+def test_every_storage_form_loads_the_same_tensors(form, prefix, shards, save, tmp_path):
+    """In a .bin aliases lie over one memory, as in the state_dict of a tied model."""
     _, tensors = tiny_speculator(tmp_path, tie_weights=form != "untied")
     names = {"tied_once": TIED_ONCE, "tied_last_alias": TIED_LAST}.get(form, tensors)
-    store(tmp_path, {prefix + name: tensors[name] for name in names}, shards)
+    save(tmp_path, {prefix + name: tensors[name] for name in names}, shards)
+    assert bool(list(tmp_path.glob("*.safetensors"))) == (save is store)
     model = load_speculator(tmp_path)
     assert len(model.state_dict()) == (15 if form == "untied" else 6)
     assert_holds(model, tensors)
     assert not model.training
     assert not any(p.requires_grad for p in model.parameters())
-
-
-@pytest.mark.parametrize("shards", [1, 2])
-@pytest.mark.parametrize("prefix", ["speculator.", ""])
-@pytest.mark.parametrize("form", ["untied", "tied_every_alias", "tied_once", "tied_last_alias"])
-def test_every_storage_form_loads_from_a_bin(form, prefix, shards, tmp_path):
-    """Here aliases lie over one memory, as in the state_dict of a tied model."""
-    _, tensors = tiny_speculator(tmp_path, tie_weights=form != "untied")
-    names = {"tied_once": TIED_ONCE, "tied_last_alias": TIED_LAST}.get(form, tensors)
-    store_as_bin(tmp_path, {prefix + name: tensors[name] for name in names}, shards)
-    assert not list(tmp_path.glob("*.safetensors"))
-    model = load_speculator(tmp_path)
-    assert len(model.state_dict()) == (15 if form == "untied" else 6)
-    assert_holds(model, tensors)
 
 
 def test_safetensors_are_preferred(copy, speculator_dir):
@@ -581,17 +577,6 @@ def test_a_bad_shard_is_named(damage, copy, monkeypatch):
         message = f"{shard}: cut off or damaged ("
         shard.write_bytes(shard.read_bytes()[:-1])
     assert_refused(copy, message, monkeypatch)
-
-
-INDEX = "model.safetensors.index.json"
-BAD_INDEXES = {
-    "absent": ('{"metadata": {}}', f"{INDEX}: weight_map is missing"),
-    "a_list": ('{"weight_map": ["model.safetensors"]}', f"{INDEX}: weight_map is missing"),
-    "not_json": ("{", f"{INDEX}: not valid JSON ("),
-    "not_an_object": ("[]", f"{INDEX}: expected a JSON object, found list"),
-    "no_name": ('{"weight_map": {"a": 3}}', f"{INDEX}: '3' is not the name of a .safetensors file"),
-    "a_path": ('{"weight_map": {"a": "../x.safetensors"}}', "'../x.safetensors' is not the name"),
-}
 
 
 @pytest.mark.parametrize("case", BAD_INDEXES)

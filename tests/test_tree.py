@@ -11,6 +11,7 @@ from conftest import (
     greedy,
     load,
     run_main,
+    run_requests,
     script_for,
     tiny_gpt_bigcode,
     tiny_speculator,
@@ -185,16 +186,6 @@ def test_accepted_path(sampled, path):
 # ---- the engine ----
 
 
-@pytest.fixture(scope="module")
-def model(llama_dir):
-    return load_model(llama_dir)
-
-
-@pytest.fixture(scope="module")
-def speculator(speculator_dir):
-    return load_speculator(speculator_dir)
-
-
 def engine_for(model, speculator=None, top_k=(4, 3, 2), tree=0, **options):
     options = {"max_seq_len": 128, "batch_size": 5} | options
     engine = Engine(
@@ -212,13 +203,7 @@ def engine_for(model, speculator=None, top_k=(4, 3, 2), tree=0, **options):
 def run(engine, params=None, prompts=PROMPTS, stop_ids=(), seed=0):
     """Token ids of each prompt, and each one's count of decode steps and accepted drafts."""
     params = params or SamplingParams(temperature=0, max_tokens=NEW)
-    requests = [Request(p, params, seed, list(stop_ids)) for p in prompts]
-    tokens, steps, accepted = ([[] for _ in prompts], [0] * len(prompts), [0] * len(prompts))
-    for event in decode_loop(engine, requests):
-        tokens[event.request] += event.tokens
-        steps[event.request] += 1
-        accepted[event.request] += event.accepted
-    return tokens, steps, accepted
+    return run_requests(engine, [Request(p, params, seed, list(stop_ids)) for p in prompts])
 
 
 @pytest.fixture(scope="module")
