@@ -600,9 +600,10 @@ models: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionar
 
 
 def enroll(model: nn.Module) -> None:
-    """Let `forward` take a model."""
-    model.number = max(models, default=0) + 1
-    models[model.number] = model
+    """Let `forward` take a model. Its number stays, or what is compiled for it would be again."""
+    if models.get(getattr(model, "number", 0)) is not model:  # a copy has that of its original
+        model.number = max(models, default=0) + 1
+        models[model.number] = model
 
 
 @torch.library.custom_op("fastspec::layers", mutates_args=())

@@ -307,6 +307,15 @@ def test_what_the_compiler_is_told_of_shapes_is_so(M, shared):
     torch.library.opcheck(torch.ops.fastspec.layers, args, test_utils="test_faketensor")
 
 
+def test_a_model_keeps_its_number_and_a_copy_gets_another():
+    model = Transformer(ModelArgs(64, 1, 1, 1, 64, 64, 9))
+    enroll(model)
+    number, copied = model.number, deepcopy(model)
+    enroll(model), enroll(copied)
+    assert model.number == number != copied.number
+    assert gpu_kernels.models[number] is model and gpu_kernels.models[copied.number] is copied
+
+
 def test_what_forward_does_not_take():
     llama = {"dim": 64, "n_layers": 1, "n_heads": 1, "n_kv_heads": 1, "head_dim": 64}
     llama |= {"ffn_dim": 64, "vocab_size": 9}
