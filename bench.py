@@ -228,7 +228,7 @@ class BenchEngine(Engine):
         return Work(*(found if self.ranks is None else self.ranks.sum(found)).tolist())
 
     @torch.inference_mode()
-    def time_parts(self, live: int, noisy: bool, filtered: bool) -> list[float]:
+    def time_parts(self, live: int, noisy: bool, filtered: int) -> list[float]:
         """Milliseconds of draft and of verify, each compiled by itself, with `live` tokens in every
         row's cache."""
         self.length.fill_(live)
@@ -246,7 +246,7 @@ class BenchEngine(Engine):
         self.all_drafts = False
         return times
 
-    def trace_steps(self, noisy: bool, filtered: bool) -> dict:
+    def trace_steps(self, noisy: bool, filtered: int) -> dict:
         """What one step launches, and milliseconds in kernels that communicate."""
         with torch.profiler.profile() as trace:
             for _ in range(5):

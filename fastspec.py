@@ -355,14 +355,14 @@ class Engine(nn.Module):
         self.ahead = int(weight.is_cuda)  # launches queued behind the one whose result is read
         self.packets: list[Packet] = []  # free pinned buffers
         self.prefill_graphs: dict[int, tuple] = {}  # padded size -> see capture_prefill
-        self.warm: set[tuple[bool, bool]] = set()  # which (noisy, filtered) steps are compiled
+        self.warm: set[tuple[bool, int]] = set()  # which (noisy, filtered) steps are compiled
 
     # draft, verify, accept, commit
 
-    def decode_step(self, live: int | None, noisy: bool, filtered: bool) -> None:
+    def decode_step(self, live: int | None, noisy: bool, filtered: int) -> None:
         """One step of every row over the first `live` slots of the cache, or all of them (the
         Triton attention stops at each row's own length). A batch without sampled rows needs no
-        noise, one without filters no filtering."""
+        noise, one without filters no filtering; see `step_needs`."""
         candidates, parent, ancestors, depth = self.candidates(noisy)
         sampled, hidden, new_kv = self.verify(candidates, ancestors, depth, live, noisy, filtered)
         drafted = candidates[:, 1:]
@@ -482,7 +482,7 @@ class Engine(nn.Module):
         position: Tensor,
         ids: Tensor | None,
         noisy: bool,
-        filtered: bool,
+        filtered: int,
         ranks,
     ) -> Tensor:
         """Column [B, n] for each absolute position [B, n] from float32 logits [B, n, V] of the
@@ -492,7 +492,8 @@ class Engine(nn.Module):
             return ranks.same(self.choose(whole, position, ids, noisy, filtered, None))
         if self.kernels is not None and ranks is None:
             noise_args = (position, self.temperature, self.seed) if noisy else (None,) * 3
-            filters = (self.top_k, self.top_p, self.min_p) if filtered else (None,) * 3
+            by_count = self.top_k if filtered > 1 else None
+            filters = (by_count, self.top_p, self.min_p) if filtered else (None,) * 3
             return self.kernels.choose(logits, ids, *noise_args, *filters)
         scores = self.scores(logits, position, ids, ranks) if noisy else logits
         if filtered:
@@ -646,7 +647,7 @@ class Engine(nn.Module):
             self.prefill_graphs[size] = (graph, tokens, row, last, hidden)
 
     @torch.inference_mode()
-    def step(self, noisy: bool, filtered: bool) -> Packet:
+    def step(self, noisy: bool, filtered: int) -> Packet:
         """One decode step of all rows; the packet holds what each emitted."""
         if self.compiled:
             self.compiled_step(None, noisy, filtered)
@@ -654,7 +655,7 @@ class Engine(nn.Module):
             self.decode_step(int(self.length.max()) - 1, noisy, filtered)
         return self.read_result()
 
-    def warm_up(self, noisy: bool, filtered: bool) -> None:
+    def warm_up(self, noisy: bool, filtered: int) -> None:
         """Compile and capture what a run needs, on a throwaway request in row 0."""
         if not self.compiled or (noisy, filtered) in self.warm:
             return
@@ -709,7 +710,7 @@ class Progress:
 
 
 def decode_loop(
-    engine: Engine, requests: Iterable[Request], needs: tuple[bool, bool] | None = None
+    engine: Engine, requests: Iterable[Request], needs: tuple[bool, int] | None = None
 ) -> Iterator[Progress]:
     """Run requests through the engine's rows, refilling a row when its request ends.
 
@@ -764,12 +765,14 @@ def decode_loop(
             engine.wait(packet)
 
 
-def step_needs(params: Iterable[SamplingParams]) -> tuple[bool, bool]:
-    """Whether the steps of these requests need noise, and whether they need filters."""
-    noisy = filtered = False
+def step_needs(params: Iterable[SamplingParams]) -> tuple[bool, int]:
+    """Whether the steps of these requests need noise, and which filters: 0 for none, 1 for those by
+    probability, 2 for top-k, too."""
+    noisy, filtered = False, 0
     for p in params:
-        noisy |= p.temperature > 0
-        filtered |= p.temperature > 0 and (p.top_p < 1 or p.top_k > 0 or p.min_p > 0)
+        if p.temperature > 0:
+            needed = 2 if p.top_k > 0 else int(p.top_p < 1 or p.min_p > 0)
+            noisy, filtered = True, max(filtered, needed)
     return noisy, filtered
 
 
@@ -1091,7 +1094,7 @@ class LLM:
         requests = [self.chat_request(c, s, f"conversation {i}") for i, (c, s) in enumerate(pairs)]
         return self.run([replace(r, goes_on=len(requests) == 1) for r in requests])
 
-    def run(self, requests: Iterable[Request], needs: tuple[bool, bool] | None = None) -> Iterator:
+    def run(self, requests: Iterable[Request], needs: tuple[bool, int] | None = None) -> Iterator:
         """Text of requests; see `stream` for what it yields and `decode_loop` for `needs`."""
         answers: dict[int, Answer] = {}
 
@@ -1671,7 +1674,7 @@ def show(stream: Iterator, prompts: list[str]) -> Iterator[RequestOutput]:
 
 def check_file(
     llm: LLM, path: str, params: SamplingParams, chat: bool
-) -> tuple[int, int, tuple[bool, bool]]:
+) -> tuple[int, int, tuple[bool, int]]:
     """How many rows can be run, how many not (which are reported), and what their steps need."""
     good, bad, needs = 0, 0, set()
     for line, row in read_rows(llm, path, params, chat):
@@ -1683,7 +1686,7 @@ def check_file(
             print(f"fastspec: {path}:{line}: {row}", file=sys.stderr)
     if not good:
         raise ValueError(f"{path}: no row to run")
-    return good, bad, tuple(map(any, zip(*needs, strict=True)))
+    return good, bad, tuple(map(max, zip(*needs, strict=True)))
 
 
 def read_rows(

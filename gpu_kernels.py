@@ -608,22 +608,22 @@ def enroll(model: nn.Module) -> None:
 
 @torch.library.custom_op("fastspec::layers", mutates_args=())
 def layers(
-    number: int, x: Tensor, weighted: Tensor, squares: Tensor, kv: Tensor, cached: Tensor,
-    ancestors: Tensor, cos: Tensor, sin: Tensor,
+    number: int, of_ranks: bool, x: Tensor, weighted: Tensor, squares: Tensor, kv: Tensor,
+    cached: Tensor, ancestors: Tensor, cos: Tensor, sin: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """All layers of the model with this number; see `each_layer`."""
+    """All layers of the model with this number, which ranks share or not; see `each_layer`."""
 
     def add(odd: int, y: Tensor, module: nn.Linear, *args):
         parts = (y, module.weight, module.bias, *args)
-        return add_linear_ranks(*parts, odd) if can_share(x) else add_linear(*parts)
+        return add_linear_ranks(*parts, odd) if of_ranks else add_linear(*parts)
 
     return each_layer(models[number], x, weighted, squares, kv, cached, ancestors, (cos, sin), add)
 
 
 @layers.register_fake
-def _(number, x, weighted, squares, kv, *_):
+def _(number, of_ranks, x, weighted, squares, kv, *_):
     args, w = models[number].args, models[number].layers[-1].mlp.w2.weight
-    tile = SUM_BLOCK if can_share(x) else tiling(*w.shape, len(x))["TILE"]
+    tile = SUM_BLOCK if of_ranks else tiling(*w.shape, len(x))["TILE"]
     squares = squares.new_empty(triton.cdiv(len(w), tile), len(x))
     width = (args.n_heads + 2 * args.n_kv_heads) * args.head_dim
     return torch.empty_like(x), squares, x.new_empty(args.n_layers, len(x), width)
@@ -669,7 +669,7 @@ def forward(
     cached, *angles = places(cached, positions, model.inv_freq)
     state = x, weighted, squares, kv, cached, ancestors
     if total is None or can_share(x):
-        weighted, squares, every_qkv = layers(model.number, *state, *angles)
+        weighted, squares, every_qkv = layers(model.number, total is not None, *state, *angles)
     else:
         weighted, squares, every_qkv = each_layer(model, *state, angles, add)
     scale = torch.rsqrt(squares.sum(0) / args.dim + args.norm_eps)[:, None]
@@ -808,8 +808,10 @@ def _search(
             scale = 1 / tl.maximum(tl.load(temperature + row // n), 1e-6)
             threshold = (bits | (tl.arange(0, 32) << (25 - 5 * stage))).to(tl.float32, bitcast=True)
             floor = 0.0
-            if BY_MASS and tl.load(top_k + row // n) > 0:
-                floor = tl.load(k_found + 6 * rows + row).to(tl.float32, bitcast=True)
+            if BY_MASS and top_k is not None:
+                bits_k = tl.load(k_found + 6 * rows + row)
+                by_count = tl.load(top_k + row // n) > 0
+                floor = tl.where(by_count, bits_k.to(tl.float32, bitcast=True), floor)
             total = tl.zeros([32], dtype=tl.float32)
             for start in range(0, BLOCK, PIECE):
                 v = block * BLOCK + start + tl.arange(0, PIECE)
@@ -843,13 +845,14 @@ def _choose(
         if ids is not None:
             token = tl.load(ids + v, mask=v < V, other=0)
         score += T * _noise(tl.load(seed + row // n), tl.load(position + row), token)
-        if top_k is not None:
+        if top_p is not None:
             top = tl.load(tops + row * blocks + b, mask=b < blocks, other=float("-inf"))
             p = tl.exp((x - tl.max(top, axis=0)) * (1 / tl.maximum(T, 1e-6)))
             least = tl.load(min_p + row // n)
-            if tl.load(top_k + row // n) > 0:
+            if top_k is not None:
                 bits = tl.load(k_found + 6 * rows + row)
-                least = tl.maximum(least, bits.to(tl.float32, bitcast=True))
+                reached = tl.maximum(least, bits.to(tl.float32, bitcast=True))
+                least = tl.where(tl.load(top_k + row // n) > 0, reached, least)
             if tl.load(top_p + row // n) < 1:
                 bits = tl.load(p_found + 6 * rows + row)
                 least = tl.maximum(least, bits.to(tl.float32, bitcast=True))
@@ -876,8 +879,8 @@ def choose(
 ) -> Tensor:  # fmt: skip
     """Column [B, n] chosen from float32 logits [B, n, V] of the tokens `ids` [V] (None: all).
 
-    With temperature and seed [B] noise of the absolute positions [B, n] is added, with top_k,
-    top_p and min_p [B] the tokens are filtered first.
+    With temperature and seed [B] noise of the absolute positions [B, n] is added; with top_p and
+    min_p [B], and top_k [B] or without, the tokens are filtered first.
     """
     B, n, V = logits.shape
     assert B * n <= MOST_TILES
@@ -885,13 +888,13 @@ def choose(
     options = {"BLOCK": BLOCK, "BLOCKS": triton.next_power_of_2(blocks), **pdl(logits)}
     grid, floats = (B * n, blocks), {"dtype": torch.float32, "device": logits.device}
     tops = k_found = p_found = None
-    if top_k is not None:
+    if top_p is not None:
         tops = torch.empty(B * n, blocks, **floats)
         _row_max[grid](logits, tops, V, BLOCK=BLOCK, **pdl(logits))
         k_found, p_found = torch.empty(2, 7, B * n, dtype=torch.int32, device=logits.device)
         sums, goal = torch.empty(6, B * n, blocks, 32, **floats), torch.empty(B * n, **floats)
         for setting, found, by_mass in ((top_k, k_found, False), (top_p, p_found, True)):
-            for stage in range(7):
+            for stage in range(7 if setting is not None else 0):
                 _search[(B * n, blocks if stage < 6 else 1)](
                     logits, tops, temperature, setting, top_k, k_found, found, goal, sums, stage,
                     V, n, blocks, BY_MASS=by_mass, PIECE=PIECE, **options,

@@ -30,6 +30,7 @@ from fastspec import (
     kept_tokens,
     mix,
     noise,
+    step_needs,
 )
 from model import load_model
 from speculator import load_speculator
@@ -579,6 +580,18 @@ def test_values_out_of_range_are_refused_by_name(name, value):
     message = re.escape(f"SamplingParams: {name} {value!r} is out of range")
     with pytest.raises(ValueError, match=f"^{message}$"):
         SamplingParams(**{name: value})
+
+
+def test_a_step_does_only_what_a_request_needs():
+    greedy, warm = {"temperature": 0.0}, {"temperature": 0.8}
+    for expected, *rows in (
+        ((False, 0), greedy, greedy | {"top_p": 0.9, "top_k": 5}),
+        ((True, 0), greedy, warm),
+        ((True, 1), warm, warm | {"top_p": 0.9}, greedy | {"top_k": 5}),
+        ((True, 1), warm | {"min_p": 0.1}),
+        ((True, 2), warm | {"top_k": 5}, warm | {"top_p": 0.9}),
+    ):
+        assert step_needs(SamplingParams(**row) for row in rows) == expected
 
 
 def test_values_are_brought_into_one_form():
