@@ -608,10 +608,11 @@ def enroll(model: nn.Module) -> None:
 
 @torch.library.custom_op("fastspec::layers", mutates_args=())
 def layers(
-    number: int, of_ranks: bool, x: Tensor, weighted: Tensor, squares: Tensor, kv: Tensor,
-    cached: Tensor, ancestors: Tensor, cos: Tensor, sin: Tensor,
+    number: int, of_ranks: bool, tiles: int, x: Tensor, weighted: Tensor, squares: Tensor,
+    kv: Tensor, cached: Tensor, ancestors: Tensor, cos: Tensor, sin: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """All layers of the model with this number, which ranks share or not; see `each_layer`."""
+    """All layers of the model with this number, which ranks share or not; see `each_layer`. Tiles:
+    of the last product, said here for the compiler's cache, which outlives a change of them."""
 
     def add(odd: int, y: Tensor, module: nn.Linear, *args):
         parts = (y, module.weight, module.bias, *args)
@@ -621,12 +622,11 @@ def layers(
 
 
 @layers.register_fake
-def _(number, of_ranks, x, weighted, squares, kv, *_):
-    args, w = models[number].args, models[number].layers[-1].mlp.w2.weight
-    tile = SUM_BLOCK if of_ranks else tiling(*w.shape, len(x))["TILE"]
-    squares = squares.new_empty(triton.cdiv(len(w), tile), len(x))
+def _(number, of_ranks, tiles, x, weighted, squares, kv, *_):
+    args = models[number].args
     width = (args.n_heads + 2 * args.n_kv_heads) * args.head_dim
-    return torch.empty_like(x), squares, x.new_empty(args.n_layers, len(x), width)
+    every_qkv = x.new_empty(args.n_layers, len(x), width)
+    return torch.empty_like(x), squares.new_empty(tiles, len(x)), every_qkv
 
 
 def each_layer(
@@ -669,7 +669,10 @@ def forward(
     cached, *angles = places(cached, positions, model.inv_freq)
     state = x, weighted, squares, kv, cached, ancestors
     if total is None or can_share(x):
-        weighted, squares, every_qkv = layers(model.number, total is not None, *state, *angles)
+        of_ranks = total is not None
+        tile = SUM_BLOCK if of_ranks else tiling(args.dim, args.ffn_dim, len(x))["TILE"]
+        how = model.number, of_ranks, -(-args.dim // tile)
+        weighted, squares, every_qkv = layers(*how, *state, *angles)
     else:
         weighted, squares, every_qkv = each_layer(model, *state, angles, add)
     scale = torch.rsqrt(squares.sum(0) / args.dim + args.norm_eps)[:, None]

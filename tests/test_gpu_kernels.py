@@ -306,7 +306,8 @@ def test_what_the_compiler_is_told_of_shapes_is_so(M, shared):
     kv, cached = random(*kv_cache_shape(model.args, 1, 30)), torch.tensor([7], device=DEVICE)
     state = x, x, random(3, M).square(), kv, cached, torch.ones(M, M, device=DEVICE).bool().tril()
     angles = random(M, 32), random(M, 32)
-    args = (model.number, False, *state, *angles)
+    tiles = -(-128 // gpu_kernels.tiling(128, 192, M)["TILE"])
+    args = (model.number, False, tiles, *state, *angles)
     torch.library.opcheck(torch.ops.fastspec.layers, args, test_utils="test_faketensor")
 
 
