@@ -490,12 +490,11 @@ def _add_parts(
     tl.store(out_squares + tile * tl.num_programs(1) + m, tl.sum(y * y, axis=0))
 
 
-@torch.library.custom_op("fastspec::add_linear_ranks", mutates_args=())
 def add_linear_ranks(
     x: Tensor, w: Tensor, bias: Tensor | None, residual: Tensor, norm: Tensor, odd: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`add_linear` of all ranks' x and w, where `can_share` says so. Even and odd sums take turns
-    on every rank. One operation, so that the compiler need not know of the memory in between."""
+    """y = residual + all ranks' x @ w^T + bias [M, D], y * norm, and the sums of y^2 [T, M], where
+    `can_share` says so. Even and odd sums take turns on every rank."""
     (M, D), (parts, flags, rank) = residual.shape, shared_memory[residual.dtype][odd]
     small(x, w, bias=bias, out=parts[rank][: M * D].view(M, D))
     out, weighted = torch.empty_like(residual), torch.empty_like(residual)
@@ -506,12 +505,6 @@ def add_linear_ranks(
         num_warps=4, **pdl(x),
     )  # fmt: skip
     return out, weighted, squares
-
-
-@add_linear_ranks.register_fake
-def _(x, w, bias, residual, norm, odd):
-    squares = x.new_empty(triton.cdiv(len(w), SUM_BLOCK), len(x), dtype=torch.float32)
-    return torch.empty_like(residual), torch.empty_like(residual), squares
 
 
 def sums_of_ones(like: Tensor) -> list[Tensor]:
@@ -571,21 +564,6 @@ def _(x, squares, eps, w, bias):
     return x.new_empty(len(x), len(w) // 2)
 
 
-@torch.library.custom_op("fastspec::add_linear", mutates_args=())
-def add_linear(
-    x: Tensor, w: Tensor, bias: Tensor | None, residual: Tensor, norm: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y = residual + x @ w^T + bias [M, R], y * norm [M, R], and the sums of y^2 [T, M]."""
-    return small(x, w, bias=bias, residual=residual, norm=norm)
-
-
-@add_linear.register_fake
-def _(x, w, bias, residual, norm):
-    tile = tiling(*w.shape, len(x))["TILE"]
-    squares = x.new_empty(triton.cdiv(len(w), tile), len(x), dtype=torch.float32)
-    return torch.empty_like(residual), torch.empty_like(residual), squares
-
-
 def fits(args, tokens: int) -> bool:
     """Whether `forward` takes a model of these args and so many tokens."""
     sizes = (args.dim, args.ffn_dim, args.head_dim)
@@ -614,9 +592,10 @@ def layers(
     """All layers of the model with this number, which ranks share or not; see `each_layer`. Tiles:
     of the last product, said here for the compiler's cache, which outlives a change of them."""
 
-    def add(odd: int, y: Tensor, module: nn.Linear, *args):
-        parts = (y, module.weight, module.bias, *args)
-        return add_linear_ranks(*parts, odd) if of_ranks else add_linear(*parts)
+    def add(odd: int, y: Tensor, module: nn.Linear, x: Tensor, norm: Tensor):
+        if of_ranks:
+            return add_linear_ranks(y, module.weight, module.bias, x, norm, odd)
+        return small(y, module.weight, bias=module.bias, residual=x, norm=norm)
 
     return each_layer(models[number], x, weighted, squares, kv, cached, ancestors, (cos, sin), add)
 
