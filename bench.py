@@ -234,9 +234,10 @@ class BenchEngine(Engine):
         self.length.fill_(live)
         self.all_drafts = True
         slots, times = None if self.compiled else live - 1, []
-        tokens, _, *tree = self.candidates(noisy)
-        verify = tokens, *tree, slots, noisy, filtered
-        for part, args in ((self.candidates, (noisy,)), (self.verify, verify)):
+        root = self.length - 1
+        tokens, _, *tree = self.candidates(root, noisy)
+        verify = tokens, root, *tree, slots, noisy, filtered
+        for part, args in ((self.candidates, (root, noisy)), (self.verify, verify)):
             if self.compiled:
                 part = torch.compile(part, mode="reduce-overhead", fullgraph=True, dynamic=False)
             for _ in range(3 if self.compiled else 1):  # compile, capture, replay

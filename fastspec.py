@@ -363,8 +363,10 @@ class Engine(nn.Module):
         """One step of every row over the first `live` slots of the cache, or all of them (the
         Triton attention stops at each row's own length). A batch without sampled rows needs no
         noise, one without filters no filtering; see `step_needs`."""
-        candidates, parent, ancestors, depth = self.candidates(noisy)
-        sampled, hidden, new_kv = self.verify(candidates, ancestors, depth, live, noisy, filtered)
+        root = self.length - 1  # [B], the slot and position of the last token
+        candidates, parent, ancestors, depth = self.candidates(root, noisy)
+        given = candidates, root, ancestors, depth, live
+        sampled, hidden, new_kv = self.verify(*given, noisy, filtered)
         drafted = candidates[:, 1:]
         if self.tree:  # from here on the accepted path is a chain like any other
             walk = accepted_path if self.kernels is None else self.kernels.accepted_path
@@ -375,14 +377,13 @@ class Engine(nn.Module):
 
         room = torch.where(self.done, 0, self.limit - self.length)
         emitted, accepted, stopped = count_emitted(drafted, sampled, self.stop_ids, room)
-        slots = self.length[:, None] - 1 + self.depth[: sampled.shape[1]]
+        slots = root[:, None] + self.depth[: sampled.shape[1]]
         write_cache(self.kv, new_kv, slots)  # beyond the accepted: dead slots
         self.commit(emitted, stopped, sampled, hidden, accepted)
 
-    def candidates(self, noisy: bool) -> tuple[Tensor, ...]:
-        """The last tokens and drafts after them, [B, N]; their parents (None in a chain), which of
-        them is whose ancestor, and their depths."""
-        root = self.length - 1  # [B], the slot and position of the last token
+    def candidates(self, root: Tensor, noisy: bool) -> tuple[Tensor, ...]:
+        """The last tokens, at root [B], and drafts after them, [B, N]; their parents (None in a
+        chain), which of them is whose ancestor, and their depths."""
         last = self.tokens.gather(1, root[:, None])[:, 0]  # [B]
         if self.tree:
             tokens, parent = self.draft_tree(last, root, noisy)
@@ -393,12 +394,17 @@ class Engine(nn.Module):
         return tokens, None, self.ancestors[:N, :N], self.depth[:N]
 
     def verify(
-        self, tokens: Tensor, ancestors: Tensor, depth: Tensor, live: int | None, *needs: bool
+        self,
+        tokens: Tensor,
+        root: Tensor,
+        ancestors: Tensor,
+        depth: Tensor,
+        live: int | None,
+        *needs: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The target's choice after each candidate [B, N], its hidden states [B, N, D], and the
         candidates' keys and values; `live` and needs (noisy, filtered) as for `decode_step`."""
         kv = self.kv if live is None else self.kv[..., :live, :]
-        root = self.length - 1
         positions = root[:, None] + depth  # [B N]
         given = tokens, positions, kv, root, ancestors
         if self.kernels is None:
