@@ -71,6 +71,15 @@ def _weights(w_at, r_in, c_in, EVEN: tl.constexpr):
 
 
 @triton.jit
+def _floats(w):
+    """Weights in float32; of int8 by their bits, since the GPU converts a quarter as fast as it
+    adds: w + 128 in the last places of 2^23, less both."""
+    if w.dtype == tl.int8:
+        return (w.to(tl.int32) + 0x4B000080).to(tl.float32, bitcast=True) - 8388736.0
+    return w.to(tl.float32)
+
+
+@triton.jit
 def _linear(
     x, w, row_scale, bias, squares, residual, norm, cos, sin, out, weighted, out_squares, part,
     count, M, R, in_tiles, turned, eps,
@@ -148,10 +157,11 @@ def _linear(
         wide = tl.zeros([TILE, DEEP], dtype=tl.float32)
         for start in tl.static_range(0, C // SPLITS, DEEP):
             at_c = (start + k)[None, :]
-            if C <= NEAR:  # loaded by every thread that multiplies it, not handed on
+            # Loaded by every thread that multiplies it, not handed on.
+            if C <= NEAR or w.dtype.element_ty == tl.int8:
                 at_c += (i * 0)[:, None]
             b = tl.load(x + begin + at_c, mask=at_c < C // SPLITS, other=0.0)
-            wide += parts[start // DEEP].to(tl.float32) * b.to(tl.float32)
+            wide += _floats(parts[start // DEEP]) * b.to(tl.float32)
         acc += tl.reshape(tl.sum(wide, axis=1), [TILE, 1])
     elif WHOLE:
         xs = ()
@@ -538,19 +548,57 @@ def qkv_linear(
     small(x, w, bias=bias, squares=squares, eps=eps, angles=angles, turned=turned, out=out)
 
 
-@torch.library.custom_op("fastspec::places", mutates_args=())
-def places(cached: Tensor, positions: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """A copy of `cached`, and cosine and sine [M, E / 2] of the positions' angles. An operation
-    of its own: the compiler would compute what it inlines again for every layer. No kernel starts
-    before these are done."""
-    angles = positions.reshape(-1, 1) * inv_freq
-    return cached.clone(), angles.cos(), angles.sin()
+@triton.jit
+def _enter(
+    table, rows, norm, positions, inv_freq, cached, x, weighted, squares, cos, sin, kept, B, D,
+    HALF, WIDTH: tl.constexpr, HALF_WIDTH: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """`enter` of one token. The next kernel starts when this one is done, and everything before."""
+    m, d, e = tl.program_id(0), tl.arange(0, WIDTH), tl.arange(0, HALF_WIDTH)
+    weight = tl.load(norm + d, mask=d < D, other=0.0).to(tl.float32)
+    frequency = tl.load(inv_freq + e, mask=e < HALF, other=0.0)
+    if PDL:
+        gdc_wait()
+    row = m
+    if rows is not None:
+        row = tl.load(rows + m)
+    y = tl.load(table + row.to(tl.int64) * D + d, mask=d < D, other=0.0)
+    tl.store(x + m * D + d, y, mask=d < D)
+    y = y.to(tl.float32)
+    tl.store(weighted + m * D + d, (y * weight).to(weighted.dtype.element_ty), mask=d < D)
+    tl.store(squares + m, tl.sum(y * y, axis=0))
+    angle = tl.load(positions + m).to(tl.float32) * frequency
+    tl.store(cos + m * HALF + e, tl.cos(angle), mask=e < HALF)
+    tl.store(sin + m * HALF + e, tl.sin(angle), mask=e < HALF)
+    if m < B:
+        tl.store(kept + m, tl.load(cached + m))
 
 
-@places.register_fake
-def _(cached, positions, inv_freq):
-    angles = inv_freq.new_empty(positions.numel(), len(inv_freq))
-    return torch.empty_like(cached), angles, torch.empty_like(angles)
+@torch.library.custom_op("fastspec::enter", mutates_args=())
+def enter(
+    table: Tensor, rows: Tensor | None, norm: Tensor, positions: Tensor, inv_freq: Tensor,
+    cached: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """What the layers begin with: x [M, D], the rows [M] (None: 0, 1, ..) of a table, x * norm, and
+    the sums of x^2 [1, M]; cosine and sine [M, E / 2] of the angles of positions [M]; a copy of
+    `cached` [B]. No kernel after this one starts before these are there."""
+    (M, D), (B, HALF) = (positions.numel(), table.shape[1]), (len(cached), len(inv_freq))
+    x, weighted = table.new_empty(M, D), table.new_empty(M, D)
+    squares, kept = inv_freq.new_empty(1, M), torch.empty_like(cached)
+    cos, sin = inv_freq.new_empty(M, HALF), inv_freq.new_empty(M, HALF)
+    _enter[(M,)](
+        table, rows, norm, positions, inv_freq, cached, x, weighted, squares, cos, sin, kept, B, D,
+        HALF, WIDTH=triton.next_power_of_2(D), HALF_WIDTH=triton.next_power_of_2(HALF), **pdl(x),
+    )  # fmt: skip
+    return x, weighted, squares, cos, sin, kept
+
+
+@enter.register_fake
+def _(table, rows, norm, positions, inv_freq, cached):
+    M = positions.numel()
+    x, cos = table.new_empty(M, table.shape[1]), inv_freq.new_empty(M, len(inv_freq))
+    squares, sin = inv_freq.new_empty(1, M), torch.empty_like(cos)
+    return x, torch.empty_like(x), squares, cos, sin, torch.empty_like(cached)
 
 
 @torch.library.custom_op("fastspec::gated_linear", mutates_args=())
@@ -642,11 +690,14 @@ def forward(
         return x, x * norm, x.float().square().sum(-1)[None]
 
     args, (B, N) = model.args, tokens.shape
-    x = model.embed(tokens).flatten(0, 1)  # [M D]
-    weighted = x * model.layers[0].attention_norm.weight
-    squares = x.float().square().sum(-1)[None]
-    cached, *angles = places(cached, positions, model.inv_freq)
-    state = x, weighted, squares, kv, cached, ancestors
+    if total is None:
+        rows = model.embed.weight, tokens.flatten()
+    else:
+        rows = model.embed(tokens).flatten(0, 1), None  # [M D]
+    norm = model.layers[0].attention_norm.weight
+    *state, cos, sin, cached = enter(*rows, norm, positions.flatten(), model.inv_freq, cached)
+    x, angles = state[0], (cos, sin)
+    state += kv, cached, ancestors
     if total is None or can_share(x):
         of_ranks = total is not None
         tile = SUM_BLOCK if of_ranks else tiling(args.dim, args.ffn_dim, len(x))["TILE"]

@@ -253,7 +253,7 @@ def launches(engine, noisy=False):
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
         for _ in range(5):
-            engine.wait(engine.step(noisy, noisy))
+            engine.wait(engine.step(noisy, int(noisy)))
     return {e.key: e.count for e in profile.key_averages() if "Launch" in e.key}
 
 

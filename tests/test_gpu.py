@@ -68,14 +68,14 @@ def compiled_so_far():
 @pytest.mark.parametrize("noisy", [False, True])
 def test_step_is_a_single_graph_replay(engine, noisy):
     params = SamplingParams(temperature=0.8 * noisy, top_p=0.9, max_tokens=500)
-    engine.warm_up(noisy, noisy)
+    engine.warm_up(noisy, int(noisy))
     engine.prefill([0], [0], [Request(prompt(20), params, 0, [])])
     assert launches(engine, noisy) == {"cudaGraphLaunch": 5}
     assert compiled_so_far() == (1, 0, 1)
 
 
 def test_no_prompt_length_compiles_or_captures_anything(engine):
-    engine.warm_up(False, False)
+    engine.warm_up(False, 0)
     before, graphs = compiled_so_far(), list(engine.prefill_graphs)
     params = SamplingParams(temperature=0, max_tokens=4)
     for length in [*range(1, 20), 63, 64, 65, 255, 256, 257, 1000, 1023, 1024, 1025, 1500, 2000]:
@@ -90,7 +90,7 @@ def test_no_prompt_length_compiles_or_captures_anything(engine):
 @pytest.mark.parametrize("lengths", [(1, 1), (20, 1), (20, 30), (64, 1500), (1024, 1025)])
 def test_a_prefill_of_fresh_rows_never_waits_for_the_device(engine, lengths):
     """torch raises at every call that would."""
-    engine.warm_up(False, False)
+    engine.warm_up(False, 0)
     params = SamplingParams(temperature=0.8, top_p=0.9, max_tokens=4)
     requests = [Request(prompt(length), params, 0, []) for length in lengths]
     torch.cuda.set_sync_debug_mode("error")
