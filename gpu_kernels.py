@@ -701,14 +701,19 @@ def replace_linears(speculator: nn.Module, eight_bit: bool) -> None:
         join_weights(speculator)
 
 
+@torch.no_grad()
 def join_weights(speculator: MLPSpeculator) -> None:
     """Let each head and the projection after it, which take the same state, lie in one matrix, if
     both are of one type and this was not done before: the graphs of an engine know where they are.
     """
     for head, proj in zip(speculator.head, speculator.proj[1:], strict=False):
         if head.row_scale is None and joined(head.weight, proj.weight) is None:
-            both = torch.cat((head.weight.data, proj.weight.data))
-            head.weight.data, proj.weight.data = both.split([len(head.weight), len(proj.weight)])
+            parts = torch.cat((head.weight, proj.weight)).split(
+                (len(head.weight), len(proj.weight))
+            )
+            for module, part in zip((head, proj), parts, strict=True):
+                module.weight = nn.Parameter(part, requires_grad=False)
+            torch.cuda.empty_cache()  # nothing else is of the size of what is free now
 
 
 def joined(head: Tensor, proj: Tensor) -> Tensor | None:
@@ -1143,7 +1148,7 @@ def next_state(
         y, hidden, token, emb_row, parent, scores, emb, weight, bias, states, *out, y.stride(0),
         token_scale, n, stride, old_n, first, D, out[1].stride(0) if out[1] is not None else 0,
         W=W, WIDTH=triton.next_power_of_2(W), IN_WIDTH=triton.next_power_of_2(D), NODES=nodes,
-        BLOCK=min(nodes, 64), num_warps=8, **pdl(y),
+        BLOCK=min(nodes, 32), num_warps=8, **pdl(y),
     )  # fmt: skip
     return states
 
@@ -1197,6 +1202,20 @@ def best(
     )  # fmt: skip
 
 
+def products(
+    state: Tensor, head: Tensor, row_scale: Tensor | None, proj: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """float32 logits [M, V] of states [M, W], and y [M, W] of the projection after this head, if
+    there is one: one product where their weights are joined."""
+    if proj is None:
+        return few_rows(state, head, torch.float32, row_scale), None
+    if (both := joined(head, proj)) is None:
+        y = few_rows(state, proj, torch.float32)
+        return few_rows(state, head, torch.float32, row_scale), y
+    logits, y = few_rows(state, both, torch.float32).split((len(head), len(proj)), dim=1)
+    return logits, y
+
+
 @torch.library.custom_op("fastspec::draft", mutates_args=())
 def draft(
     hidden: Tensor, token: Tensor, position: Tensor, temperature: Tensor | None,
@@ -1226,16 +1245,9 @@ def draft(
     above, first = None, 0
     for i, k in enumerate(children):
         own, C, after = min(i, len(head) - 1), counts[i], first + counts[i]
-        scale, both, y = row_scale[own] if row_scale else None, None, None
-        if more := i + 1 < len(children):
-            then = proj[min(i + 1, len(proj) - 1)]
-            both = joined(head[own], then)
-        if both is None:
-            logits = few_rows(state, head[own], torch.float32, scale)  # [B * C, V]
-            if more:
-                y = few_rows(state, then, torch.float32)  # [B * C, W]
-        else:
-            logits, y = few_rows(state, both, torch.float32).split((len(head[own]), len(then)), 1)
+        scale, more = row_scale[own] if row_scale else None, i + 1 < len(children)
+        then = proj[min(i + 1, len(proj) - 1)] if more else None
+        logits, y = products(state, head[own], scale, then)  # [B * C, V], [B * C, W]
         kept = [None if x is None else x[:, after:] for x in (scores, columns, parents)]
         level, stride, cut = kept, n, C * k > counts[i + 1]
         if cut:

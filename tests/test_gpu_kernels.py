@@ -532,6 +532,15 @@ def test_a_head_and_the_projection_after_it_lie_in_one_matrix(tied):
     assert joined(plain.head[0].weight, plain.proj[1].weight) is None
 
 
+def test_a_wide_level_is_cut_alike(monkeypatch):
+    """Of more nodes than every state's program compares."""
+    _, small = speculators(scale_input=True)
+    given = random(2, 48), *torch.tensor([[3, 77], [9, 100]], device=DEVICE), (6, 5, 4), 9, LEAST
+    expected = draft_tree(small, *given)
+    monkeypatch.setattr(gpu_kernels, "MOST_CHOICES", 8)
+    assert all(torch.equal(a, b) for a, b in zip(draft_tree(small, *given), expected, strict=True))
+
+
 class Counted:
     """A kernel that counts its launches."""
 
