@@ -35,7 +35,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from speculator import tree_widths
+from speculator import MLPSpeculator, tree_widths
 
 MOST_ROWS = 32  # of a small product; more rows are the library's
 TILE = 64  # most rows of a weight per program: what one matrix instruction takes
@@ -748,6 +748,33 @@ def replace_linears(speculator: nn.Module, eight_bit: bool) -> None:
             dtype = torch.float32 if head else module.weight.dtype
             new = SmallLinear(module, dtype, head and eight_bit)
             setattr(speculator.get_submodule(parent), last, new)
+    if isinstance(speculator, MLPSpeculator):
+        join_weights(speculator)
+
+
+@torch.no_grad()
+def join_weights(speculator: MLPSpeculator) -> None:
+    """Let each head and the projection after it, which take the same state, lie in one matrix, if
+    both are of one type and this was not done before: the graphs of an engine know where they are.
+    """
+    for head, proj in zip(speculator.head, speculator.proj[1:], strict=False):
+        if head.row_scale is None and joined(head.weight, proj.weight) is None:
+            parts = torch.cat((head.weight, proj.weight)).split(
+                (len(head.weight), len(proj.weight))
+            )
+            for module, part in zip((head, proj), parts, strict=True):
+                module.weight = nn.Parameter(part, requires_grad=False)
+            torch.cuda.empty_cache()  # nothing else is of the size of what is free now
+
+
+def joined(head: Tensor, proj: Tensor) -> Tensor | None:
+    """[V + W, W] of weights [V, W] and [W, W] that `join_weights` has joined, without a copy. The
+    compiler passes parameters as they are, and would copy at each step what is not one of them."""
+    (rows, W), start = head.shape, head.storage_offset()
+    one = head.untyped_storage().data_ptr() == proj.untyped_storage().data_ptr()
+    if not one or proj.storage_offset() != start + rows * W:
+        return None
+    return head.as_strided((rows + len(proj), W), head.stride(), start)
 
 
 # --- choosing tokens ---------------------------------------------------------------------------
@@ -946,23 +973,33 @@ def _(logits, *_):
     return logits.new_empty(logits.shape[:2], dtype=torch.int64)
 
 
+@triton.jit
+def _activate(x, scale, shift, W):
+    """gelu(rms(x) * scale + shift) of the first W numbers of x; the others are 0."""
+    x = x * tl.rsqrt(tl.sum(x * x, axis=0) / W + 1e-6) * scale + shift
+    return 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
+
+
 @triton.jit(do_not_specialize=["n", "stride", "old_stride", "first", "ahead"])
 def _top(
-    logits, ids, temperature, seed, position, above, part, columns, scores, parents, count,
-    V, blocks, least, n, stride, old_stride, first, ahead,
+    logits, ids, temperature, seed, position, above, part, columns, scores, parents,
+    y, emb, weight, bias, state, count,
+    V, width, y_width, blocks, least, token_scale, n, stride, old_stride, first, ahead,
     k: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
-    PDL: tl.constexpr,
+    TOKENS: tl.constexpr, W: tl.constexpr, STATE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The k highest of a row of logits plus noise, by blocks; the last block to finish compares
-    all. Row c of n in b writes k children to columns, to scores (their log-softmax, added to what
-    `above` has of c) and to parents (first + c), rows of `stride`."""
+    all. Rows of logits are `width` apart. Row c of n in b writes k children to columns (as tokens
+    of `ids`, if TOKENS), to scores (their log-softmax, added to what `above` has of c) and to
+    parents (first + c), rows of `stride`. With y [rows, W], y_width apart, it goes on to the only
+    child's state, see `_state`."""
     row, block = tl.program_id(0), tl.program_id(1)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     v, j, t = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, WIDTH), tl.arange(0, BLOCKS)
     b, c = row // n, row % n
-    x = tl.load(logits + row.to(tl.int64) * V + v, mask=v < V, other=float("-inf"))
+    x = tl.load(logits + row.to(tl.int64) * width + v, mask=v < V, other=float("-inf"))
     if temperature is not None:
         token = v
         if ids is not None:
@@ -983,6 +1020,12 @@ def _top(
         x = tl.where(v == where, float("-inf"), x)
     tl.debug_barrier()
     if tl.atomic_add(count + row, 1, sem="acq_rel") == blocks - 1:
+        if y is not None:  # asked for before the winner is known
+            w = tl.arange(0, STATE)
+            inside = w < W
+            old = tl.load(y + row.to(tl.int64) * y_width + w, mask=inside, other=0.0)
+            scale = tl.load(weight + w, mask=inside, other=0.0).to(tl.float32)
+            shift = tl.load(bias + w, mask=inside, other=0.0).to(tl.float32)
         at = part + (row * blocks + t) * size
         known = t < blocks
         if scores is not None:
@@ -1001,7 +1044,15 @@ def _top(
         for i in tl.static_range(k):
             highest = tl.max(tl.max(values, axis=1), axis=0)
             place = tl.min(tl.min(tl.where(values == highest, places, V), axis=1), axis=0)
-            tl.store(columns + child + i, tl.minimum(place, V - 1).to(tl.int64))
+            column = tl.minimum(place, V - 1).to(tl.int64)
+            if y is not None:  # k is 1
+                z = tl.load(emb + column * W + w, mask=inside, other=0.0).to(tl.float32)
+                z = _activate(old + token_scale * z, scale, shift, W)
+                z = z.to(state.dtype.element_ty)
+                tl.store(state + row.to(tl.int64) * W + w, z, mask=inside)
+            if TOKENS and ids is not None:
+                column = tl.load(ids + column)
+            tl.store(columns + child + i, column)
             if scores is not None:
                 gain = highest - total
                 gain = tl.minimum(tl.where(gain > least, gain, least), 0.0)
@@ -1015,18 +1066,26 @@ def _top(
 def top(
     logits: Tensor, k: int, least: float, columns, scores=None, parents=None, *, n: int,
     stride: int, above=None, old_stride=0, first=0, ids=None, position=None, temperature=None,
-    seed=None, ahead=0,
-) -> None:  # fmt: skip
-    """Launch `_top` on float32 logits [M, V], M = B * n."""
+    seed=None, ahead=0, tokens=False, y=None, emb=None, weight=None, bias=None, token_scale=0.0,
+    dtype=None,
+) -> Tensor | None:  # fmt: skip
+    """Launch `_top` on float32 logits [M, V], M = B * n, and return states [M, W] in `dtype` if
+    there is y [M, W]."""
     M, V = logits.shape
     block = BLOCK if M * V > 128 * BLOCK else BLOCK // 4  # else much of the GPU would be idle
     blocks, width = triton.cdiv(V, block), triton.next_power_of_2(k)
     part = logits.new_empty(M, blocks, 2 * width + 2)
+    W, y_width, state = 1, 1, None
+    if y is not None:
+        W, y_width, state = y.shape[1], y.stride(0), y.new_empty(y.shape, dtype=dtype)
     _top[(M, blocks)](
         logits, ids, temperature, seed, position, above, part, columns, scores, parents,
-        counters(logits.device), V, blocks, least, n, stride, old_stride, first, ahead,
-        k=k, WIDTH=width, BLOCK=block, BLOCKS=triton.next_power_of_2(blocks), **pdl(logits),
+        y, emb, weight, bias, state, counters(logits.device),
+        V, logits.stride(0), y_width, blocks, least, token_scale, n, stride, old_stride, first,
+        ahead, k=k, WIDTH=width, BLOCK=block, BLOCKS=triton.next_power_of_2(blocks), TOKENS=tokens,
+        W=W, STATE=triton.next_power_of_2(W), num_warps=4 if y is None else 8, **pdl(logits),
     )  # fmt: skip
+    return state
 
 
 @torch.library.custom_op("fastspec::top_children", mutates_args=())
@@ -1047,61 +1106,13 @@ def _(scores, k, least):
 
 
 # --- the draft ---------------------------------------------------------------------------------
-# `draft_tree` of speculator.py in four kernels a head: `proj`, `_state`, `head` and `_top`; at the
-# end, and where a depth has too many nodes, `_best`. `proj` multiplies the states of the parents,
-# from which each child then takes its own. A drafted column is its token's row of emb.
+# `draft_tree` of speculator.py. A head and the projection after it are one product of the states
+# they share; `_top` finds the children of each, `_state` takes the projection of a child's parent
+# on to the child's own state. A single child's state `_top` makes itself, so that a chain takes two
+# kernels a head. Where a depth has too many nodes, `_state` chooses among them, and at the end of a
+# tree `_best`. A drafted column is its token's row of emb.
 
-
-@triton.jit(do_not_specialize=["n", "stride", "old_n", "first", "D"])
-def _state(
-    y, hidden, token, emb_row, parent, emb, weight, bias, out, token_scale, n, stride, old_n,
-    first, D, W: tl.constexpr, WIDTH: tl.constexpr, IN_WIDTH: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """out [B * n, W] = gelu(rms(x) * weight + bias), x = y of the parent + token_scale * emb of
-    the token. y is float32 [B * old_n, W], tokens and parents lie in rows of `stride`, and parents
-    (None: y of the same row) are counted from `first`. Not None: emb_row takes a token to its row
-    of emb; y is of a hidden [B, D] that has yet to be normed."""
-    m = tl.program_id(0)
-    b, c, w = m // n, m % n, tl.arange(0, WIDTH)
-    inside = w < W
-    if PDL:
-        gdc_launch_dependents()
-    scale = tl.load(weight + w, mask=inside, other=0.0).to(tl.float32)
-    shift = tl.load(bias + w, mask=inside, other=0.0).to(tl.float32)
-    if PDL:
-        gdc_wait()
-    row = tl.load(token + b * stride + c).to(tl.int64)
-    if emb_row is not None:
-        row = tl.load(emb_row + row)
-    old = m
-    if parent is not None:
-        old = b * old_n + (tl.load(parent + b * stride + c) - first).to(tl.int32)
-    z = tl.load(emb + row * W + w, mask=inside, other=0.0).to(tl.float32)
-    x = tl.load(y + old * W + w, mask=inside, other=0.0)
-    if hidden is not None:
-        d = tl.arange(0, IN_WIDTH)
-        h = tl.load(hidden + m * D + d, mask=d < D, other=0.0).to(tl.float32)
-        x *= tl.rsqrt(tl.sum(h * h, axis=0) / D + 1e-6) * 0.7071067811865476
-    x += token_scale * z
-    x = x * tl.rsqrt(tl.sum(x * x, axis=0) / W + 1e-6) * scale + shift
-    x = 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
-    tl.store(out + m * W + w, x.to(out.dtype.element_ty), mask=inside)
-
-
-def next_state(
-    y: Tensor, token: Tensor, emb: Tensor, weight: Tensor, bias: Tensor, token_scale: float,
-    dtype: torch.dtype, *, M: int, n=1, hidden=None, emb_row=None, parent=None, stride=1, old_n=1,
-    first=0,
-) -> Tensor:  # fmt: skip
-    """out [M, W] of `_state`, M = B * n."""
-    W, D = y.shape[1], hidden.shape[1] if hidden is not None else 1
-    out = y.new_empty(M, W, dtype=dtype)
-    _state[(M,)](
-        y, hidden, token, emb_row, parent, emb, weight, bias, out, token_scale, n, stride, old_n,
-        first, D, W=W, WIDTH=triton.next_power_of_2(W), IN_WIDTH=triton.next_power_of_2(D),
-        num_warps=8, **pdl(y),
-    )  # fmt: skip
-    return out
+MOST_CHOICES = 256  # nodes that every program of `_state` compares; more are left to `_best`
 
 
 @triton.jit
@@ -1111,45 +1122,119 @@ def _before(other, j, score, i):
     return tl.sum(((other > score) | ((other == score) & (j < i))).to(tl.int32), axis=1)
 
 
+@triton.jit(do_not_specialize=["n", "stride", "old_n", "first", "D", "out_stride"])
+def _state(
+    y, hidden, token, emb_row, parent, scores, emb, weight, bias, out, out_scores, out_columns,
+    out_parents, y_width, token_scale, n, stride, old_n, first, D, out_stride,
+    W: tl.constexpr, WIDTH: tl.constexpr, IN_WIDTH: tl.constexpr, NODES: tl.constexpr,
+    BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """out [B * n, W] = gelu(rms(x) * weight + bias), x = y of the parent + token_scale * emb of
+    the token. y is float32 [B * old_n, W], rows y_width apart, tokens and parents lie in rows of
+    `stride`, and parents (None: y of the same row) are counted from `first`. Not None: emb_row
+    takes a token to its row of emb; y is of a hidden [B, D] that has yet to be normed; the n nodes
+    are those of the highest `scores` of a row, in order. A node goes to out_columns and the like,
+    if these are not None."""
+    m = tl.program_id(0)
+    b, c, w = m // n, m % n, tl.arange(0, WIDTH)
+    inside = w < W
+    if PDL:
+        gdc_launch_dependents()
+    scale = tl.load(weight + w, mask=inside, other=0.0).to(tl.float32)
+    shift = tl.load(bias + w, mask=inside, other=0.0).to(tl.float32)
+    if PDL:
+        gdc_wait()
+    old, above, score = m, 0, 0.0
+    if scores is None:
+        column = tl.load(token + b * stride + c).to(tl.int64)
+        if parent is not None:
+            above = tl.load(parent + b * stride + c)
+    else:
+        i = tl.arange(0, NODES)
+        at, known = b * stride + i, i < stride
+        every_score = tl.load(scores + at, mask=known, other=float("-inf"))
+        every_column = tl.load(token + at, mask=known, other=0)
+        every_parent = tl.load(parent + at, mask=known, other=0)
+        place = tl.zeros([NODES], dtype=tl.int32)
+        for start in tl.static_range(0, NODES, BLOCK):
+            j = start + tl.arange(0, BLOCK)
+            other = tl.load(scores + b * stride + j, mask=j < stride, other=float("-inf"))
+            place += _before(other, j, every_score, i)
+        chosen = place == c
+        score = tl.sum(tl.where(chosen, every_score, 0.0), axis=0)
+        column = tl.sum(tl.where(chosen, every_column, 0), axis=0)
+        above = tl.sum(tl.where(chosen, every_parent, 0), axis=0)
+    row = column
+    if emb_row is not None:
+        row = tl.load(emb_row + row)
+    if parent is not None:
+        old = b * old_n + (above - first).to(tl.int32)
+    z = tl.load(emb + row * W + w, mask=inside, other=0.0).to(tl.float32)
+    x = tl.load(y + old.to(tl.int64) * y_width + w, mask=inside, other=0.0)
+    if hidden is not None:
+        d = tl.arange(0, IN_WIDTH)
+        h = tl.load(hidden + m * D + d, mask=d < D, other=0.0).to(tl.float32)
+        x *= tl.rsqrt(tl.sum(h * h, axis=0) / D + 1e-6) * 0.7071067811865476
+    x = _activate(x + token_scale * z, scale, shift, W)
+    tl.store(out + m.to(tl.int64) * W + w, x.to(out.dtype.element_ty), mask=inside)
+    to = b * out_stride + c
+    if out_scores is not None:
+        tl.store(out_scores + to, score)
+    if out_columns is not None:
+        tl.store(out_columns + to, column)
+        tl.store(out_parents + to, above)
+
+
+def next_state(
+    y: Tensor, token: Tensor, emb: Tensor, weight: Tensor, bias: Tensor, token_scale: float,
+    dtype: torch.dtype, *, M: int, n=1, hidden=None, emb_row=None, parent=None, scores=None,
+    stride=1, old_n=1, first=0, out: Sequence[Tensor | None] = (None, None, None),
+) -> Tensor:  # fmt: skip
+    """out [M, W] of `_state`, M = B * n. `out`: scores, columns and parents, rows that are as long
+    as each other."""
+    W, D = y.shape[1], hidden.shape[1] if hidden is not None else 1
+    nodes = triton.next_power_of_2(stride) if scores is not None else 1
+    states = y.new_empty(M, W, dtype=dtype)
+    _state[(M,)](
+        y, hidden, token, emb_row, parent, scores, emb, weight, bias, states, *out, y.stride(0),
+        token_scale, n, stride, old_n, first, D, out[1].stride(0) if out[1] is not None else 0,
+        W=W, WIDTH=triton.next_power_of_2(W), IN_WIDTH=triton.next_power_of_2(D), NODES=nodes,
+        BLOCK=min(nodes, 32), num_warps=8, **pdl(y),
+    )  # fmt: skip
+    return states
+
+
 @triton.jit(do_not_specialize=["n", "keep", "out_stride"])
 def _best(
-    scores, columns, parents, token, ids, out_scores, out_columns, out_parents, n, keep, out_stride,
+    scores, columns, parents, ids, out_scores, out_columns, out_parents, n, keep, out_stride,
     BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The `keep` nodes of the highest of scores [B, n], in order. With out_scores as they are;
-    without, they are the whole tree: node 0 is `token`, columns become tokens through `ids`, and
-    parents the places that these got. Scores None: all equal."""
+    without, they are the whole tree: columns, but for the root's, become tokens through `ids`, and
+    parents the places that these got."""
     b, i = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     whole: tl.constexpr = out_scores is None
-    least = 1 if whole else 0  # the root is not stored: its score and parent are 0
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    known = (i >= least) & (i < n)
+    known = i < n
     column = tl.load(columns + b * n + i, mask=known, other=0)
     parent = tl.load(parents + b * n + i, mask=known, other=0).to(tl.int32)
-    score = tl.zeros([BLOCK], dtype=tl.float32)
-    parent_score = tl.zeros([BLOCK], dtype=tl.float32)
-    if scores is not None:
-        score = tl.load(scores + b * n + i, mask=known, other=0.0)
-        if whole:
-            parent_score = tl.load(scores + b * n + parent, mask=parent > 0, other=0.0)
+    score = tl.load(scores + b * n + i, mask=known, other=0.0)
     place = tl.zeros([BLOCK], dtype=tl.int32)
-    parent_place = tl.zeros([BLOCK], dtype=tl.int32)
+    if whole:
+        parent_score = tl.load(scores + b * n + parent)
+        parent_place = tl.zeros([BLOCK], dtype=tl.int32)
     for start in range(0, n, BLOCK):
         j = start + tl.arange(0, BLOCK)
-        other = tl.zeros([BLOCK], dtype=tl.float32)
-        if scores is not None:
-            other = tl.load(scores + b * n + j, mask=(j >= least) & (j < n), other=0.0)
-        other = tl.where(j < n, other, float("-inf"))
+        other = tl.load(scores + b * n + j, mask=j < n, other=float("-inf"))
         place += _before(other, j, score, i)
         if whole:
             parent_place += _before(other, j, parent_score, parent)
-    to, kept = b * out_stride + place, (i < n) & (place < keep)
+    to, kept = b * out_stride + place, known & (place < keep)
     if whole:
         if ids is not None:
-            column = tl.load(ids + column)
-        column = tl.where(i == 0, tl.load(token + b), column)
+            column = tl.load(ids + column, mask=known & (i > 0), other=column)
         parent = parent_place
     else:
         tl.store(out_scores + to, score, mask=kept)
@@ -1158,15 +1243,28 @@ def _best(
 
 
 def best(
-    scores: Tensor | None, columns: Tensor, parents: Tensor, keep: int,
-    out: tuple[Tensor | None, Tensor, Tensor], token=None, ids=None,
+    scores: Tensor, columns: Tensor, parents: Tensor, keep: int,
+    out: Sequence[Tensor | None], ids=None,
 ) -> None:  # fmt: skip
     """Launch `_best` on nodes [B, n]; out are views of rows that are as long as each other."""
     B, n = columns.shape
     _best[(B, triton.cdiv(n, 32))](
-        scores, columns, parents, token, ids, *out, n, keep, out[1].stride(0),
-        BLOCK=32, **pdl(columns),
+        scores, columns, parents, ids, *out, n, keep, out[1].stride(0), BLOCK=32, **pdl(columns),
     )  # fmt: skip
+
+
+def products(
+    state: Tensor, head: Tensor, row_scale: Tensor | None, proj: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """float32 logits [M, V] of states [M, W], and y [M, W] of the projection after this head, if
+    there is one: one product where their weights are joined."""
+    if proj is None:
+        return few_rows(state, head, torch.float32, row_scale), None
+    if (both := joined(head, proj)) is None:
+        y = few_rows(state, proj, torch.float32)
+        return few_rows(state, head, torch.float32, row_scale), y
+    logits, y = few_rows(state, both, torch.float32).split((len(head), len(proj)), dim=1)
+    return logits, y
 
 
 @torch.library.custom_op("fastspec::draft", mutates_args=())
@@ -1180,40 +1278,51 @@ def draft(
     """Tokens and parents [B, nodes] of speculator.py's `draft_tree` from hidden [B, D], token and
     position [B], with noise of temperature and seed [B] if given."""
     B, (children, counts) = len(token), tree_widths(top_k, nodes)
-    n, last, ints = sum(counts), len(head) - 1, {"dtype": torch.int64, "device": token.device}
-    columns, parents = torch.empty(2, B, n, **ints)
-    scores = None if max(top_k) == 1 else hidden.new_empty(B, n, dtype=torch.float32)
-    noise = {"ids": ids, "position": position, "temperature": temperature, "seed": seed}
-    # Of the nodes at a depth, which begin at `first` (those above them at `old`).
-    above, first, old, state = None, 0, 0, hidden
-    from_root = {"token": token, "emb_row": emb_row, "hidden": hidden if scale_input else None}
+    n, chain, ints = sum(counts), max(top_k) == 1, {"dtype": torch.int64, "device": token.device}
+    columns, parents = (torch.empty(B, n, **ints) for _ in range(2))
+    scores = None if chain else hidden.new_empty(B, n, dtype=torch.float32)
+    found = {"ids": ids, "position": position, "temperature": temperature, "seed": seed}
+    found |= {"tokens": chain, "old_stride": n}
+
+    def weights(i: int) -> dict:
+        own = min(i, len(head) - 1)
+        states = {"token_scale": token_scale, "dtype": hidden.dtype}
+        return states | {"emb": emb[own], "weight": norm[own], "bias": bias[own]}
+
+    y = few_rows(hidden, proj[0], torch.float32)  # [B, W]
+    root = {"hidden": hidden if scale_input else None, "emb_row": emb_row}
+    state = next_state(y, token, **weights(0), M=B, **root, out=(scores, columns, parents))
+    # Of the nodes at a depth, which begin at `first`.
+    above, first = None, 0
     for i, k in enumerate(children):
-        C, shared, after = counts[i], min(i, last), first + counts[i]
-        y = few_rows(state, proj[min(i, len(proj) - 1)], torch.float32)  # [B * C above, W]
-        source = from_root
-        if i:
-            source = {"token": columns[:, first:], "parent": parents[:, first:], "first": old}
-            source |= {"stride": n, "old_n": counts[i - 1]}
-        state = next_state(
-            y, emb=emb[shared], weight=norm[shared], bias=bias[shared], token_scale=token_scale,
-            dtype=hidden.dtype, M=B * C, n=C, **source,
-        )  # fmt: skip
-        scale = row_scale[shared] if row_scale else None
-        logits = few_rows(state, head[shared], torch.float32, scale)  # [B * C, V]
+        own, C, after = min(i, len(head) - 1), counts[i], first + counts[i]
+        scale, more = row_scale[own] if row_scale else None, i + 1 < len(children)
+        then = proj[min(i + 1, len(proj) - 1)] if more else None
+        logits, y = products(state, head[own], scale, then)  # [B * C, V], [B * C, W]
         kept = [None if x is None else x[:, after:] for x in (scores, columns, parents)]
-        found, stride, cut = kept, n, C * k > counts[i + 1]
+        level, stride, cut = kept, n, C * k > counts[i + 1]
         if cut:
             stride = C * k
-            found = [None if x is None else x.new_empty(B, stride) for x in kept]
-        top(
-            logits, k, least, found[1], found[0], found[2], n=C, stride=stride, above=above,
-            old_stride=n, first=first, ahead=i + 1, **noise,
+            level = [x.new_empty(B, stride) for x in kept]
+        in_top = more and k == 1 and not cut
+        state = top(
+            logits, k, least, level[1], level[0], level[2], n=C, stride=stride, above=above,
+            first=first, ahead=i + 1, **found, **(weights(i + 1) | {"y": y} if in_top else {}),
         )  # fmt: skip
-        if cut:
-            best(*found, counts[i + 1], kept)
-        above, first, old = kept[0], after, first
+        if cut and stride > MOST_CHOICES:
+            best(*level, counts[i + 1], kept)
+            level, stride, cut = kept, n, False
+        if more and not in_top:
+            choice = {"scores": level[0], "out": kept} if cut else {}
+            state = next_state(
+                y, level[1], **weights(i + 1), M=B * counts[i + 1], n=counts[i + 1],
+                parent=level[2], stride=stride, old_n=C, first=first, **choice,
+            )  # fmt: skip
+        above, first = kept[0], after
+    if chain:
+        return columns, parents
     tokens, kept = (torch.empty(B, min(nodes, n), **ints) for _ in range(2))
-    best(scores, columns, parents, min(nodes, n), (None, tokens, kept), token, ids)
+    best(scores, columns, parents, min(nodes, n), (None, tokens, kept), ids)
     return tokens, kept
 
 

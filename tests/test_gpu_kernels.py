@@ -31,6 +31,7 @@ from gpu_kernels import (
     enroll,
     fits,
     forward,
+    joined,
     lineage,
     next_state,
     replace_linears,
@@ -407,13 +408,13 @@ def test_top_children_equal_plain(k):
     torch.testing.assert_close(gains, plain_gains, rtol=1e-5, atol=1e-5)
 
 
-def plain_best(scores, columns, parents, keep, token=None, ids=None):
+def plain_best(scores, columns, parents, keep, ids=None):
     """By a stable sort, as in speculator.py's `draft_tree`."""
     order = scores.argsort(dim=1, descending=True, stable=True)
     kept = order[:, :keep]
-    if token is None:
+    if ids is None:
         return tuple(x.gather(1, kept) for x in (scores, columns, parents))
-    tokens = torch.cat((token[:, None], ids[columns][:, 1:]), dim=1)
+    tokens = torch.cat((columns[:, :1], ids[columns[:, 1:]]), dim=1)
     return tokens.gather(1, kept), order.argsort(dim=1).gather(1, parents.gather(1, kept))
 
 
@@ -430,13 +431,10 @@ def test_best_nodes_keep_their_order_among_equals(n, keep):
     for ours, plain in zip(out, plain_best(scores, columns, parents, keep), strict=True):
         assert torch.equal(ours[:, 2:-3], plain)
         assert (ours[:, :2] == -1).all() and (ours[:, -3:] == -1).all()
-    ids, token = torch.arange(20, device=DEVICE) * 7, torch.tensor([5, 0, 9], device=DEVICE)
-    out = [x.new_empty(B, keep) for x in (columns, parents)]
-    scores[:, 0], parents[:, 0] = 0, 0  # as the root's, which is not read
-    expected = plain_best(scores, columns, parents, keep, token, ids)
-    for x in (scores, columns, parents):
-        x[:, 0] = 10**6
-    best(scores, columns, parents, keep, (None, *out), token, ids)
+    ids, out = torch.arange(20, device=DEVICE) * 7, [x.new_empty(B, keep) for x in out[1:]]
+    scores[:, 0], columns[:, 0], parents[:, 0] = 0, 10**6, 0  # the root: a token, no column
+    expected = plain_best(scores, columns, parents, keep, ids)
+    best(scores, columns, parents, keep, (None, *out), ids)
     assert all(torch.equal(ours, plain) for ours, plain in zip(out, expected, strict=True))
 
 
@@ -462,7 +460,9 @@ def speculators(V=120, D=48, W=64, n=3, eight_bit=False, **options):
         ({"tie_weights": True, "scale_input": True, "draft_vocab_size": 70}, [((4, 3, 2), 16)]),
         ({"tie_weights": True, "eight_bit": True}, [((4, 2), 9)]),
         ({"scale_input": True}, [((1, 1, 1), 4), ((6, 5, 4), 9)]),  # the last: levels are cut
-        ({"draft_vocab_size": 70}, [((1, 1), 3), ((4, 3, 2), 41), ((1, 12, 1), 11)]),
+        ({"draft_vocab_size": 70}, [((1, 1), 3), ((4, 3, 2), 41), ((1, 12, 1), 11), ((1,), 2)]),
+        ({"eight_bit": True}, [((1, 1, 1), 4), ((2, 1, 2), 11)]),
+        ({"n": 1}, [((1,), 2), ((3,), 3)]),
         ({"tie_weights": True, "V": BLOCK + 70, "W": 20}, [((1, 1, 1), 4), ((3, 2), 7)]),
     ],
 )
@@ -484,6 +484,95 @@ def test_a_draft_equals_the_plain_one(options, shapes, noisy):
         tree = draft_tree(small, hidden, token, position, top_k, nodes, LEAST, *settings)
         assert all(torch.equal(ours, x) for ours, x in zip(tree, expected, strict=True))
     assert not counters(hidden.device).any()
+
+
+def test_a_state_chooses_its_node_among_equals():
+    """Rounded scores: many are equal. More nodes than are compared at once."""
+    torch.manual_seed(0)
+    plain, _ = speculators()
+    B, n, keep = 2, 150, 40
+    scores = -random(B, n).abs().round(decimals=1)
+    columns = torch.randint(0, 120, (B, n), device=DEVICE)
+    parents = torch.randint(10, 15, (B, n), device=DEVICE)  # of five states per row
+    expected = plain_best(scores, columns, parents, keep)
+    out = [x.new_full((B, keep + 5), -1) for x in (scores, columns, parents)]
+    states = random(B, 5, 64)
+    y = F.linear(states, plain.proj[1].weight).flatten(0, 1)
+    ours = next_state(
+        y, columns, plain.emb[1].weight, plain.ln[1].weight, plain.ln[1].bias, plain.token_scale,
+        torch.float32, M=B * keep, n=keep, parent=parents, scores=scores, stride=n, old_n=5,
+        first=10, out=[x[:, 2:] for x in out],
+    )  # fmt: skip
+    for x, kept in zip(out, expected, strict=True):
+        assert torch.equal(x[:, 2:-3], kept)
+        assert (x[:, :2] == -1).all() and (x[:, -3:] == -1).all()
+    above = states.take_along_dim(expected[2][..., None] - 10, 1)
+    state, _ = plain.step(1, above, expected[1])
+    torch.testing.assert_close(ours, state.flatten(0, 1), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_head_and_the_projection_after_it_lie_in_one_matrix(tied):
+    """They are what they were, each is stored once, and a second engine moves nothing."""
+    plain, small = speculators(tie_weights=tied)
+    pairs = [(h.weight, p.weight) for h, p in zip(small.head, small.proj[1:], strict=False)]
+    assert len(pairs) == (1 if tied else 2)
+    both = [joined(*pair) for pair in pairs]
+    for (head, proj), one in zip(pairs, both, strict=True):
+        assert torch.equal(one, torch.cat((head, proj)))
+        assert head.data_ptr() == one.data_ptr() and proj.is_contiguous()
+        assert one.untyped_storage().nbytes() == one.nbytes
+    for name, x in plain.state_dict().items():
+        assert torch.equal(small.state_dict()[name], x)
+    replace_linears(small, False)
+    assert [joined(*pair).data_ptr() for pair in pairs] == [one.data_ptr() for one in both]
+    apart = deepcopy(small)
+    assert joined(apart.head[0].weight, apart.proj[1].weight) is None
+    _, small = speculators(tie_weights=tied, eight_bit=True)
+    assert joined(small.head[0].weight, small.proj[1].weight) is None
+    assert joined(plain.head[0].weight, plain.proj[1].weight) is None
+
+
+def test_a_wide_level_is_cut_alike(monkeypatch):
+    """Of more nodes than every state's program compares."""
+    _, small = speculators(scale_input=True)
+    given = random(2, 48), *torch.tensor([[3, 77], [9, 100]], device=DEVICE), (6, 5, 4), 9, LEAST
+    expected = draft_tree(small, *given)
+    monkeypatch.setattr(gpu_kernels, "MOST_CHOICES", 8)
+    assert all(torch.equal(a, b) for a, b in zip(draft_tree(small, *given), expected, strict=True))
+
+
+class Counted:
+    """A kernel that counts its launches."""
+
+    def __init__(self, kernel):
+        self.kernel, self.launches = kernel, 0
+
+    def __getitem__(self, grid):
+        self.launches += 1
+        return self.kernel[grid]
+
+
+@pytest.mark.parametrize(
+    ("top_k", "nodes", "eight_bit", "products", "states", "others"),
+    [
+        ((1, 1, 1), 4, False, 4, 1, 3),  # two for each head, two before the first
+        ((1, 1, 1), 4, True, 6, 1, 3),
+        ((4, 3, 2), 9, False, 4, 3, 4),  # every level is cut
+        ((3, 1, 2), 13, False, 4, 2, 4),  # an only child's state comes with it
+    ],
+)
+def test_a_draft_takes_few_kernels(top_k, nodes, eight_bit, products, states, others, monkeypatch):
+    _, small = speculators(tie_weights=True, scale_input=True, eight_bit=eight_bit)
+    kernels = {}
+    for name in ("_linear", "_state", "_top", "_best"):
+        kernels[name] = Counted(getattr(gpu_kernels, name))
+        monkeypatch.setattr(gpu_kernels, name, kernels[name])
+    ints = torch.tensor([3], device=DEVICE), torch.tensor([9], device=DEVICE)
+    draft_tree(small, random(1, 48), *ints, top_k, nodes, LEAST)
+    found = {name: kernel.launches for name, kernel in kernels.items()}
+    assert (found["_linear"], found["_state"]) == (products, states)
+    assert found["_top"] + found["_best"] == others
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-3])
