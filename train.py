@@ -183,7 +183,6 @@ def training_text(
 
 FORWARD_TOKENS = 32768  # that the frozen target computes together
 DEEP = 2  # the first head that is trained on half the positions
-TEACHER = 0.8  # temperature of the target's distribution that is learnt
 
 
 @dataclass
@@ -230,7 +229,7 @@ def hidden_states(target: Transformer, texts: list[Text]) -> States:
 
 
 class HeadLosses(nn.Module):
-    """Cross-entropy of every head against the target's own distribution at T = TEACHER.
+    """Cross-entropy of every head against the target's own distribution at T = SAMPLED.
 
     A head counts only where those before it are right: each position weighs as much as the square
     root of how likely that is, by the probabilities they give to the target's tokens. For the same
@@ -254,7 +253,7 @@ class HeadLosses(nn.Module):
                 state, weight, tokens = state[:few], weight[:few], tokens[:few]
                 teacher, inside = teacher[:few], inside[:few]
             state, logits = speculator.step(i, state, tokens[:, i])
-            wanted = (F.linear(teacher[:, i], self.output).float() / TEACHER).softmax(-1)
+            wanted = (F.linear(teacher[:, i], self.output).float() / SAMPLED).softmax(-1)
             drafted = logits.log_softmax(-1)  # [M, V or drafted]
             loss = -(wanted * drafted).sum(-1) * weight * inside[:, i]
             losses.append(loss.sum() / inside[:, i].sum().clamp(min=1))
@@ -290,7 +289,8 @@ def draft_starts(accepted: Tensor, end: Tensor) -> Tensor:
 
 def acceptance(speculator: MLPSpeculator, states: States) -> dict:
     """How often head i and those before it are right, drafting greedily at every position; tokens
-    per step of decoding, where a text's first token is a step by itself."""
+    per step of decoding, which starts at few of these, and harder ones. There a text's first token
+    is a step by itself."""
     accepted = accepted_drafts(speculator, states)
     heads = [(accepted > i).float().mean().item() for i in range(speculator.args.n_predict)]
     steps = len(states.end.unique_consecutive()) + int(draft_starts(accepted, states.end).sum())
@@ -301,8 +301,6 @@ def acceptance(speculator: MLPSpeculator, states: States) -> dict:
 
 LOG_EVERY = 500
 CPU_ROOM = 2e9  # bytes of hidden states
-REST = 0.25  # that a position counts where no draft starts; one where a draft does counts 1
-FIND = (0.25, 0.5, 0.75)  # of the training: when starts are found anew; before, all count 1
 
 
 def new_speculator(args: SpeculatorArgs, texts: list[Text], seed: int, device) -> MLPSpeculator:
@@ -322,23 +320,9 @@ def new_speculator(args: SpeculatorArgs, texts: list[Text], seed: int, device) -
     return speculator.to(device)
 
 
-def shares(speculator: MLPSpeculator, states: States, places: Tensor) -> Tensor:
-    """The numbers 0 to M of an epoch's order, shared out among these M positions by what they
-    count: where the share of each ends, but for the last."""
-    starts = draft_starts(accepted_drafts(speculator, states), states.end)
-    ends = torch.where(starts[places], 1.0, REST).double().cumsum(0)
-    return (ends * (len(ends) / ends[-1:]))[:-1]
-
-
-def batches(
-    target: Transformer, texts: list[Text], speculator: MLPSpeculator, args: Namespace, start: int
-):
+def batches(target: Transformer, texts: list[Text], n: int, args: Namespace, start: int):
     """Examples of every step from `start` on. An epoch goes through all texts in shuffled blocks;
-    hidden states of more than one block are computed again in every epoch.
-
-    In decoding, drafts start at few positions, mostly right after a token that the speculator did
-    not foresee: from FIND on, these come more often than the rest, in epochs as long as before.
-    They are found anew in a block that is loaded, so also where an interrupted training goes on."""
+    hidden states of more than one block are computed again in every epoch."""
     generator = torch.Generator().manual_seed(args.seed + args.rank)
     weight = target.embed.weight
     room = torch.cuda.mem_get_info()[0] * 0.75 if weight.is_cuda else CPU_ROOM
@@ -351,20 +335,12 @@ def batches(
         for number, block in blocks.items():
             order = torch.randperm(sum(len(a) - 1 for _, a in block), generator=generator)
             for batch in order.split(args.batch_size)[: max(1, len(order) // args.batch_size)]:
-                finds = sum(step >= part * args.steps for part in FIND) if REST != 1 else 0
-                if finds:  # anywhere up to the next number: it is in the share of some position
-                    batch = batch + torch.rand(len(batch), generator=generator).double()
                 if step >= start:
-                    batch = batch.to(weight.device)
                     if loaded != number:
                         states = None  # frees the block before
-                        states, loaded, found = hidden_states(target, block), number, 0
-                        places = (states.end[1:] == states.end[:-1]).nonzero()[:, 0]  # no last one
-                    if found != finds:
-                        ends, found = shares(speculator, states, places), finds
-                    if finds:
-                        batch = torch.searchsorted(ends, batch, right=True)
-                    yield states.examples(places[batch], speculator.args.n_predict)
+                        states, loaded = hidden_states(target, block), number
+                        starts = (states.end[1:] == states.end[:-1]).nonzero()[:, 0]  # no last one
+                    yield states.examples(starts[batch.to(weight.device)], n)
                 step += 1
 
 
@@ -380,13 +356,13 @@ def train(args: Namespace, target: Transformer, losses: HeadLosses, texts: list,
         optimizer, lambda i: min((i + 1) / warm, 0.525 + 0.475 * math.cos(math.pi * i / args.steps))
     )
     parts = {"speculator": speculator, "optimizer": optimizer, "schedule": schedule}
-    file = args.output / "state.pt"
+    file, n = args.output / "state.pt", speculator.args.n_predict
     state = torch.load(file, map_location="cpu", weights_only=True) if file.exists() else {}
     for name in state.keys() & parts:
         parts[name].load_state_dict(state[name])
     logged = start = state.get("step", 0)
     clock = time.perf_counter()
-    examples = batches(target, texts, speculator, args, start)
+    examples = batches(target, texts, n, args, start)
     steps, quiet = range(start + 1, args.steps + 1), args.rank > 0 or None
     mixed = held_out.hidden.dtype != torch.float32
     bar = tqdm(steps, total=args.steps, initial=start, desc="training", disable=quiet)
