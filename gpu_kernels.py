@@ -4,8 +4,8 @@
 instead of sixteen. A small batch moves every weight through the bus once and computes little, so
 each kernel is shaped to keep the bus busy:
 
-- `_linear`: a product of few rows. The weights are the matrix instruction's tall operand (up to 64
-  rows of W), the tokens its narrow one (16 or 32), loads are several tiles ahead of the arithmetic,
+- `_linear`: a product of few rows. The weights are the matrix instruction's tall operand (64 rows
+  of W), the tokens its narrow one (16, 32 or 64), loads are several tiles ahead of the arithmetic,
   and matrices of few rows are cut along C so that every multiprocessor has work. One token needs
   no matrix instruction.
 - RMS norm costs no kernel: the producer of x also writes x * weight and the sums of x^2 by tile,
@@ -37,8 +37,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from speculator import MLPSpeculator, tree_widths
 
-MOST_ROWS = 32  # of a small product; more rows are the library's
-TILE = 64  # most rows of a weight per program: what one matrix instruction takes
+MOST_ROWS = 64  # of a small product; more rows are the library's
+TILE = 64  # rows of a weight that one matrix instruction takes
 MOST_TILES = 65536  # counted at once
 NEAR = tl.constexpr(1536)  # columns of a matrix so small that all of x is in the nearest cache
 SUM_BLOCK = 1024  # columns of a program that adds ranks' parts
@@ -84,7 +84,7 @@ def _linear(
     x, w, row_scale, bias, squares, residual, norm, cos, sin, out, weighted, out_squares, part,
     count, M, R, in_tiles, turned, eps,
     E: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
-    DEEP: tl.constexpr, SPLITS: tl.constexpr, WHOLE: tl.constexpr,
+    DEEP: tl.constexpr, SPLITS: tl.constexpr, AHEAD: tl.constexpr,
     IN_TILES: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out [M, R] = x [M, C] @ w [R, C]^T, one tile of TILE rows of w and one part of C a program.
@@ -93,8 +93,8 @@ def _linear(
     the input's squares, whose root mean it is divided by; bias [R] and residual [M, R] are added;
     with norm [R], weighted [M, R] = out * norm and out_squares [T, M] are written for the next
     product. GATED: w holds gate and up rows, out [M, R / 2] = silu(gate) * up. With cos and sin
-    [M, E / 2], heads of E rows are turned by these angles, as far as row `turned`. WHOLE: all of a
-    program's weights are on their way before it waits for x.
+    [M, E / 2], heads of E rows are turned by these angles, as far as row `turned`. AHEAD: columns
+    of a program's weights that are on their way before it waits for x; all of them for one row.
     """
     tile, split = tl.program_id(0), tl.program_id(1)
     m, i, k = tl.arange(0, ROWS), tl.arange(0, TILE), tl.arange(0, DEEP)
@@ -125,11 +125,10 @@ def _linear(
         shift = tl.load(bias + r, mask=r_in, other=0.0).to(tl.float32)
     if norm is not None:
         weight = tl.load(norm + column, mask=column < width, other=0.0).to(tl.float32)
-    if WHOLE:
-        parts = ()
-        for start in tl.static_range(0, C // SPLITS, DEEP):
-            c_in = start + k < C // SPLITS
-            parts += (_weights(w_at + (begin + start + k)[None, :], r_in, c_in, EVEN),)
+    parts = ()
+    for start in tl.static_range(0, AHEAD, DEEP):
+        c_in = start + k < C // SPLITS
+        parts += (_weights(w_at + (begin + start + k)[None, :], r_in, c_in, EVEN),)
     if PDL:
         gdc_wait()
     at = m[None, :] * width + column[:, None]
@@ -163,17 +162,16 @@ def _linear(
             b = tl.load(x + begin + at_c, mask=at_c < C // SPLITS, other=0.0)
             wide += _floats(parts[start // DEEP]) * b.to(tl.float32)
         acc += tl.reshape(tl.sum(wide, axis=1), [TILE, 1])
-    elif WHOLE:
+    else:
         xs = ()
-        for start in tl.static_range(0, C // SPLITS, DEEP):
-            x_in = (m < M)[None, :] & (start + k < C // SPLITS)[:, None]
+        for start in tl.static_range(0, AHEAD, DEEP):
+            known = (m < M)[None, :] & (start + k < C // SPLITS)[:, None]
             x_at = x + m[None, :] * C + (begin + start + k)[:, None]
-            xs += (tl.load(x_at, mask=x_in, other=0.0),)
-        for start in tl.static_range(0, C // SPLITS, DEEP):
+            xs += (tl.load(x_at, mask=known, other=0.0),)
+        for start in tl.static_range(0, AHEAD, DEEP):
             b = xs[start // DEEP]
             acc = tl.dot(parts[start // DEEP].to(b.dtype), b, acc, input_precision="ieee")
-    else:
-        for start in range(0, C // SPLITS, DEEP):
+        for start in range(AHEAD, C // SPLITS, DEEP):
             at_c, c_in = begin + start + k, start + k < C // SPLITS
             a = _weights(w_at + at_c[None, :], r_in, c_in, EVEN)
             x_in = (m < M)[None, :]
@@ -220,28 +218,37 @@ def _linear(
             tl.store(out_squares + tile * M + m, tl.sum(y * y, axis=0), mask=m < M)
 
 
-def tiling(R: int, C: int, M: int, eight_bit: bool = False) -> dict:
-    """How to cut a product of M rows with w [R, C], as measured on an H100: narrow matrices along C
-    too, and 80 kB of loads under way. One row needs no matrix instruction, only many loads."""
+def tiling(R: int, C: int, M: int, itemsize: int = 2) -> dict:
+    """How to cut a product of M rows with w [R, C] of so many bytes each, as measured on an H100
+    (M > 32: on an H200): narrow matrices along C too, and 80 kB of loads under way. One row needs
+    no matrix instruction, only many loads."""
     many = R >= 96 * TILE
     if M == 1:
-        tile = {"ROWS": 1, "DEEP": 512, "SPLITS": 1, "WHOLE": True}
+        splits = 1
         if C > 8192:
             splits = next((s for s in range(C // 2048, C) if C % (s * 16) == 0), 1)
-            return tile | {"TILE": 8, "SPLITS": splits, "num_warps": 4}
-        if many:
-            few_warps = 1536 < C <= 4096 and not eight_bit
-            rows = 8 if eight_bit and C <= 3072 else 4
-            return tile | {"TILE": rows, "num_warps": 2 if few_warps else 4}
-        if C <= 1536:
-            return tile | {"TILE": 2, "num_warps": 2 if R > 1024 else 4}
-        return tile | {"TILE": 16 if C <= 4096 else 8, "num_warps": 8}
-    splits = 4 if not many and C % (4 * 128) == 0 and C >= 1024 else 1
-    tile = {"ROWS": max(16, triton.next_power_of_2(M)), "TILE": TILE, "SPLITS": splits}
-    whole = M <= 16 and C // splits <= 640
+            tile = {"TILE": 8, "num_warps": 4}
+        elif many:
+            few_warps = 1536 < C <= 4096 and itemsize > 1
+            rows = 8 if itemsize == 1 and C <= 3072 else 4
+            tile = {"TILE": rows, "num_warps": 2 if few_warps else 4}
+        elif C <= 1536:
+            tile = {"TILE": 2, "num_warps": 2 if R > 1024 else 4}
+        else:
+            tile = {"TILE": 16 if C <= 4096 else 8, "num_warps": 8}
+        return tile | {"ROWS": 1, "DEEP": 512, "SPLITS": splits}
+    cut, wide = (2, True) if M > 32 else (4, False)
+    splits = cut if not many and C >= 1024 and C % (cut * 128) == 0 else 1
     deep = 128 if C // splits % 128 == 0 else 64
-    stages = {"num_stages": 512 // deep, "num_warps": 4}
-    return tile | {"DEEP": deep, "WHOLE": whole} | stages
+    return {
+        "ROWS": max(16, triton.next_power_of_2(M)),
+        "TILE": 2 * TILE if wide and R >= 256 * TILE and itemsize < 4 else TILE,
+        "SPLITS": splits,
+        "DEEP": deep,
+        "AHEAD": C // splits if M <= 16 and C // splits <= 640 else 0,
+        "num_stages": (512 if itemsize < 4 else 256) // deep,
+        "num_warps": 4,
+    }
 
 
 def small(
@@ -250,8 +257,11 @@ def small(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """(out, weighted, squares) of `_linear` for x [M, C], w [R, C]."""
     (M, C), R = x.shape, w.shape[0]
-    tile = tiling(R, C, M, w.dtype == torch.int8) | (tile or {})
+    tile = tiling(R, C, M, w.itemsize) | (tile or {})
+    if angles is not None:  # of which a tile has one head at most
+        tile["TILE"] = min(tile["TILE"], TILE)
     rows, splits, tiles = tile["ROWS"], tile["SPLITS"], triton.cdiv(R, tile["TILE"])
+    tile["AHEAD"] = C // splits if rows == 1 else min(tile["AHEAD"], C // splits)
     if out is None:
         out = x.new_empty(M, R // 2 if gated else R, dtype=dtype or x.dtype)
     weighted = torch.empty_like(out) if norm is not None else None
