@@ -439,12 +439,12 @@ def _(qkv, kv, cached, ancestors, n_heads, early):
 
 
 def cached_attention(
-    q: Tensor, k: Tensor, v: Tensor, kv: Tensor, cached: Tensor, ancestors: Tensor, mask=None
+    qkv: Tensor, kv: Tensor, cached: Tensor, ancestors: Tensor, mask=None
 ) -> Tensor:
-    """model.py's `plain_attention` of q [B, N, H, E], k, v [B, N, K, E]."""
-    B, N, H, E = q.shape
-    qkv = torch.cat((q, k, v), dim=2).view(B * N, -1)
-    return attention(qkv, kv, cached, ancestors, H, False).view(B, N, H, E)
+    """model.py's `plain_attention` of qkv [B, N, H+2K, E]."""
+    B, N, heads, E = qkv.shape
+    H = heads - 2 * kv.shape[2]
+    return attention(qkv.view(B * N, -1), kv, cached, ancestors, H, False).view(B, N, H, E)
 
 
 # --- sums over ranks ---------------------------------------------------------------------------

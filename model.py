@@ -13,6 +13,7 @@ import math
 import pickle
 import zipfile
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -209,11 +210,12 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rope, kv: Tensor, visible, attend) -> tuple[Tensor, Tensor]:
         B, N, _ = x.shape
-        q, k, v = self.wqkv(x).view(B, N, -1, self.head_dim).split(self.heads, dim=2)  # [B N h E]
+        qkv = self.wqkv(x).view(B, N, -1, self.head_dim)  # [B N H+2K E]
         if rope is not None:
-            q, k = apply_rope(q, *rope), apply_rope(k, *rope)
-        y = attend(q, k, v, kv, *visible)  # [B N H E]
-        return self.wo(y.reshape(B, N, -1)), torch.stack((k, v)).transpose(2, 3)  # [2 B K N E]
+            apply_rope(qkv[:, :, : -self.heads[-1]], *rope)
+        y = attend(qkv, kv, *visible)  # [B N H E]
+        new_kv = own_kv(qkv, self.heads[-1]).contiguous()  # a view would keep the queries, too
+        return self.wo(y.reshape(B, N, -1)), new_kv
 
 
 class MLP(nn.Module):
@@ -293,24 +295,27 @@ class Transformer(nn.Module):
         tokens, positions: int64 [B, N]; kv: [L, 2, B, K, S, E], of which the first `cached` [B]
         slots of each row are seen by all its tokens; ancestors: bool [N, N], or [B, N, N] of each
         row, True where token n (row) sees token m (column) of this call. `attend` replaces
-        `plain_attention`.
+        `plain_attention`, and needs no mask.
         """
-        B, S = tokens.shape[0], kv.shape[-2]
-        in_cache = torch.arange(S, device=kv.device) < cached[:, None, None]  # [B 1 S]
-        among = ancestors.expand(B, -1, -1)
-        mask = torch.cat((in_cache.expand(-1, among.shape[1], -1), among), dim=-1)  # [B N S+N]
-        mask = mask.repeat(1, self.args.n_heads // self.args.n_kv_heads, 1)  # [B G*N S+N]
-        x, rope, new_kv = self.embed(tokens), None, []
+        x, rope, mask, new_kv = self.embed(tokens), None, None, []
+        if attend is None:
+            B, S = tokens.shape[0], kv.shape[-2]
+            in_cache = torch.arange(S, device=kv.device) < cached[:, None, None]  # [B 1 S]
+            among = ancestors.expand(B, -1, -1)
+            seen = torch.cat((in_cache.expand(-1, among.shape[1], -1), among), dim=-1)  # [B N S+N]
+            mask = grouped_mask(seen, self.args, x.dtype)  # [B 1 G*N S+N]
         if self.args.learned_positions:
             # Candidates may stand past the last position; they are never accepted.
             x = x + self.position_embed(positions.clamp(max=self.args.max_position - 1))
         else:
             rope = rope_angles(positions, self.inv_freq, x.dtype)
-        for layer, layer_kv in zip(self.layers, kv, strict=True):
-            x, layer_new = layer(
-                x, rope, layer_kv, (cached, ancestors, mask), attend or plain_attention
-            )
-            new_kv.append(layer_new)
+        # Here, because it costs as much as a small attention.
+        backends = sdpa_kernel(SDPA_BACKENDS) if attend is None else nullcontext()
+        visible, attend = (cached, ancestors, mask), attend or plain_attention
+        with backends:
+            for layer, layer_kv in zip(self.layers, kv, strict=True):
+                x, layer_new = layer(x, rope, layer_kv, visible, attend)
+                new_kv.append(layer_new)
         return self.norm(x), torch.stack(new_kv)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -329,19 +334,50 @@ def write_cache(kv: Tensor, new_kv: Tensor, slots: Tensor) -> None:
     kv[:, :, rows, :, slots] = new_kv.permute(2, 4, 0, 1, 3, 5)
 
 
+def grouped_mask(seen: Tensor, args: ModelArgs, dtype: torch.dtype) -> Tensor:
+    """What `grouped_attention` adds to scores, [B, 1, G*N, T]: 0 where seen [B, N, T], else -inf.
+    Made once: of a bool mask every layer would make it again."""
+    mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
+    return mask.repeat(1, args.n_heads // args.n_kv_heads, 1)[:, None]
+
+
+def own_kv(qkv: Tensor, K: int) -> Tensor:
+    """The keys and values [2, B, K, N, E] in qkv [B, N, H+2K, E]."""
+    B, N, _, E = qkv.shape
+    return qkv[:, :, -2 * K :].view(B, N, 2, K, E).permute(2, 0, 3, 1, 4)
+
+
 def plain_attention(
-    q: Tensor, k: Tensor, v: Tensor, kv: Tensor, cached: Tensor, ancestors: Tensor, mask: Tensor
+    qkv: Tensor, kv: Tensor, cached: Tensor, ancestors: Tensor, mask: Tensor
 ) -> Tensor:
-    """Attention [B, N, H, E] of q [B, N, H, E] over the cache kv [2, B, K, S, E] and over the
-    call's own k, v [B, N, K, E]; mask [B, G*N, S+N] says both `cached` and `ancestors` at once."""
-    B, N, H, E = q.shape
-    K = k.shape[2]
-    keys = torch.cat((kv[0], k.transpose(1, 2)), dim=2)  # [B K S+N E]
-    values = torch.cat((kv[1], v.transpose(1, 2)), dim=2)
-    # The G query heads that share a KV head become G * N query rows.
-    q = q.view(B, N, K, -1, E).permute(0, 2, 3, 1, 4).reshape(B, K, -1, E)  # [B K G*N E]
-    with sdpa_kernel(SDPA_BACKENDS):
-        y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask[:, None])
+    """Attention [B, N, H, E] of the queries in qkv [B, N, H+2K, E] over the cache kv
+    [2, B, K, S, E] and the keys and values in qkv; `grouped_mask` says both `cached` and
+    `ancestors` at once."""
+    return grouped_attention(qkv, torch.cat((kv, own_kv(qkv, kv.shape[2])), dim=3), mask)
+
+
+def appending_attention(args: ModelArgs, live: int, ancestors: Tensor, dtype: torch.dtype):
+    """An `attend` for rows that all have `live` tokens in the cache, with slots for the call's own
+    after them: those are written there, since to copy the cache takes longer than to read it."""
+    end = live + len(ancestors)
+    mask = grouped_mask(nn.functional.pad(ancestors, (live, 0), value=True)[None], args, dtype)
+
+    def attend(qkv: Tensor, kv: Tensor, *_) -> Tensor:
+        kv[..., live:end, :] = own_kv(qkv, kv.shape[2])
+        return grouped_attention(qkv, kv[..., :end, :], mask)
+
+    return attend
+
+
+def grouped_attention(qkv: Tensor, kv: Tensor, mask: Tensor) -> Tensor:
+    """Attention [B, N, H, E] of the queries in qkv [B, N, H+2K, E] over kv [2, B, K, T, E]: the G
+    query heads that share a KV head become G * N query rows, of which mask [B, 1, G*N, T] says
+    what they see."""
+    (B, N, _, E), (keys, values) = qkv.shape, kv
+    K, H = keys.shape[1], qkv.shape[2] - 2 * keys.shape[1]
+    q = qkv[:, :, :H].view(B, N, K, -1, E)
+    q = q.permute(0, 2, 3, 1, 4).reshape(B, K, -1, E)  # [B K G*N E]
+    y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
     return y.view(B, K, H // K, N, E).permute(0, 3, 1, 2, 4).reshape(B, N, H, E)
 
 
@@ -363,17 +399,18 @@ def rope_frequencies(args: ModelArgs) -> Tensor:
 
 
 def rope_angles(positions: Tensor, inv_freq: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosine and sine [B, N, 1, E] for positions [B, N]; angles in float32."""
+    """Cosine and sine [B, N, 1, E] for positions [B, N], from angles in float32; the sine's first
+    half is negative, as `apply_rope` takes it."""
     assert inv_freq.dtype == torch.float32, "model.to(dtype) must leave inv_freq in float32"
     angles = positions[..., None].float() * inv_freq  # [B N E/2]
-    angles = torch.cat((angles, angles), dim=-1)[:, :, None]  # [B N 1 E]
+    angles = torch.cat((-angles, angles), dim=-1)[:, :, None]  # [B N 1 E]
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x [B, N, h, E] in Hugging Face's layout (first half against second half)."""
-    x1, x2 = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-x2, x1), dim=-1) * sin
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Rotate x [B, N, h, E] in Hugging Face's layout (first half against second half), in place."""
+    other = x.roll(x.shape[-1] // 2, -1)
+    x.mul_(cos).addcmul_(other, sin)
 
 
 # --- weights -----------------------------------------------------------------------------------

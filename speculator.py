@@ -179,23 +179,23 @@ class MLPSpeculator(nn.Module):
         token: Tensor,
         position: Tensor,
         k: int,
-        choose: Callable[..., Tensor | None] = lambda logits, position, ids: logits.argmax(-1),
+        choose: Callable[..., tuple[Tensor, bool]] = lambda logits, *_: (logits.argmax(-1), True),
     ) -> Tensor:
         """A chain of k <= n_predict draft tokens, int64 [B, k].
 
         hidden [B, D]: the target's hidden state after its final norm, at the position whose
         logits gave `token` [B], which stands at `position` [B]; choose(logits [B, V or drafted],
-        position [B], draft_ids) picks a column of the logits for a position; None ends the draft
-        there.
+        position [B], draft_ids) picks a column of the logits for a position, and says whether to
+        go on after it.
         """
         state, drafts = self.start(hidden), token[:, None][:, :0]
         for i in range(k):
             state, logits = self.step(i, state, token)
-            column = choose(logits, position + i + 1, self.draft_ids)
-            if column is None:
-                break
+            column, go_on = choose(logits, position + i + 1, self.draft_ids)
             token = column if self.draft_ids is None else self.draft_ids[column]
             drafts = torch.cat((drafts, token[:, None]), dim=1)
+            if not go_on:
+                break
         return drafts
 
     def draft_tree(

@@ -22,6 +22,8 @@ from safetensors.torch import load_file
 import fastspec
 from fastspec import (
     LLM,
+    BriefNorm,
+    ByteLinear,
     Engine,
     HalfLinear,
     PackedLinear,
@@ -252,7 +254,7 @@ def verified_widths(engine):
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 def test_a_cpu_verifies_likely_drafts_only(model, speculator, monkeypatch, temperature):
-    """As many rows as the threshold leaves, from none to all, and the same text."""
+    """As many drafts as the threshold leaves, from one to all, and the same text."""
     params = SamplingParams(temperature=temperature, max_tokens=40)
     expected, _, _ = run(engine_for(model), PROMPTS[:2], params, seed=4)
     found = {}
@@ -262,10 +264,10 @@ def test_a_cpu_verifies_likely_drafts_only(model, speculator, monkeypatch, tempe
         found[least] = verified_widths(engine)
         assert run(engine, PROMPTS[:2], params, seed=4)[0] == expected
     most = engine.k + 1
-    assert found[0.0] == {most} and found[1.0] == {1}
+    assert found[0.0] == {most} and found[1.0] == {2}
     engine.all_drafts = True  # as bench.py times them, in rows that have ended
     assert engine.draft(torch.tensor([1, 2]), torch.tensor([0, 0]), False).shape == (2, most)
-    assert {2, 3} <= set().union(*found.values())
+    assert 3 in set().union(*found.values())
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
@@ -495,9 +497,45 @@ def packed_pair(llama_dir, speculator_dir):
     pair = nn.ModuleList([load_model(llama_dir), load_speculator(speculator_dir)])
     pack_linears(pair[0], exact=True)
     pack_linears(pair[1], exact=False)
-    assert count(pair, nn.Linear) == count(pair[0], HalfLinear) == 0
+    assert count(pair, nn.Linear) == count(pair, HalfLinear) == count(pair, nn.RMSNorm) == 0
     assert count(pair[1], PackedLinear) == 0
     return pair
+
+
+@packing
+@pytest.mark.parametrize("rows", [(1,), (5,), (2, 3)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_byte_linear_rounds_as_its_bits_say(rows, bias):
+    """Rows of very different sizes, one of zeros: each weight is off by half a step of its row's
+    scale at most, each input by one step of its range (which includes zero)."""
+    torch.manual_seed(0)
+    linear = nn.Linear(96, 33, bias=bias).requires_grad_(False)
+    linear.weight.mul_(torch.logspace(-3, 3, 33)[:, None])[7] = 0
+    x, weight = torch.randn(*rows, 96), linear.weight.clone()
+    expected, got = linear(x), ByteLinear(linear)(x)
+    step, scale = (x.max() - x.min()) / 127, weight.abs().amax(1) / 127
+    limit = (x.abs().sum(-1, keepdim=True) + 96 * step) * scale / 2 + step * weight.abs().sum(1)
+    assert got.shape == expected.shape
+    assert ((got - expected).abs() <= 1.01 * limit + 1e-5 * expected.abs()).all()
+    large = expected.abs() > limit
+    assert large.any() and (large | (weight == 0).all(1)).float().mean() > 0.3
+
+
+def test_a_later_torch_may_lack_8_bits(speculator_dir, monkeypatch):
+    monkeypatch.delattr(torch, "quantize_per_channel")
+    speculator = load_speculator(speculator_dir)
+    heads = count(speculator, nn.Linear)
+    pack_linears(speculator, exact=False)
+    assert count(speculator, HalfLinear) == heads > 0
+
+
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e4])
+def test_brief_norm_equals_the_plain_one(size):
+    torch.manual_seed(0)
+    norm = nn.RMSNorm(48, eps=1e-5).requires_grad_(False)
+    norm.weight.normal_()
+    for x in (size * torch.randn(2, 3, 48), torch.zeros(1, 1, 48)):
+        torch.testing.assert_close(BriefNorm(norm)(x), norm(x), rtol=1e-5, atol=0)
 
 
 @packing
@@ -549,7 +587,7 @@ def test_each_weight_is_freed_as_it_is_packed(llama_dir, speculator_dir, monkeyp
 
         return pack
 
-    for kind in (PackedLinear, HalfLinear):
+    for kind in (PackedLinear, HalfLinear, ByteLinear):
         monkeypatch.setattr(fastspec, kind.__name__, watched(kind))
     pack_linears(pair[0], exact=True)
     pack_linears(pair[1], exact=False)
@@ -562,7 +600,7 @@ def test_llm_packs_and_keeps_a_tied_embedding(tmp_path, speculator_dir):
     reference = tiny_llama(tmp_path, tie_word_embeddings=True)
     llm = LLM(tmp_path, {"model": speculator_dir}, dtype="float32", device="cpu", batch_size=2)
     layers, heads = 3 * 4 + 1, 3 * 2  # wqkv, wo, w13, w2 and the output; proj and head
-    assert (count(llm.engine, PackedLinear), count(llm.engine, HalfLinear)) == (layers, heads)
+    assert (count(llm.engine, PackedLinear), count(llm.engine, ByteLinear)) == (layers, heads)
     assert count(llm.engine, nn.Linear) == 0
     assert torch.equal(llm.engine.model.embed.weight, reference.model.embed_tokens.weight)
     ids = reference.generate(torch.tensor(PROMPTS[:1]), max_new_tokens=40, do_sample=False)

@@ -46,18 +46,19 @@ SHORT = torch.bfloat16 if DEVICE == "cuda" else torch.float16  # as the interpre
 
 
 def attention_inputs(B, N, H, K, E, S, cached, dtype=torch.float32, seed=0, trees=1):
-    """Random q, k, v and cache, a random tree of nodes (one of all rows, or of each: `trees` = B),
+    """Random qkv and cache, a random tree of nodes (one of all rows, or of each: `trees` = B),
     and the mask that plain attention takes."""
     torch.manual_seed(seed)
-    shapes = [(B, N, H, E), (B, N, K, E), (B, N, K, E), (2, B, K, S, E)]
-    q, k, v, kv = (torch.randn(shape, device=DEVICE, dtype=dtype) for shape in shapes)
+    shapes = (B, N, H + 2 * K, E), (2, B, K, S, E)
+    qkv, kv = (torch.randn(shape, device=DEVICE, dtype=dtype) for shape in shapes)
     ancestors = (torch.rand(trees, N, N) < 0.5).tril(-1) | torch.eye(N, dtype=torch.bool)
     ancestors[..., 0] = True
     ancestors = ancestors[0] if trees == 1 else ancestors
     cached = torch.tensor(cached)
     in_cache = (torch.arange(S) < cached[:, None, None]).expand(-1, N, -1)
-    mask = torch.cat((in_cache, ancestors.expand(B, -1, -1)), dim=-1).repeat(1, H // K, 1)
-    return q, k, v, kv, cached.to(DEVICE), ancestors.to(DEVICE), mask.to(DEVICE)
+    mask = torch.cat((in_cache, ancestors.expand(B, -1, -1)), dim=-1)
+    mask = mask.repeat(1, H // K, 1)[:, None]
+    return tuple(x.to(DEVICE) for x in (qkv, kv, cached, ancestors, mask))
 
 
 @pytest.mark.parametrize(
@@ -116,11 +117,11 @@ def test_whichever_program_finishes_last_the_result_is_the_same(monkeypatch):
 
 def test_nothing_past_the_live_length_is_read():
     """NaN in dead slots would reach the result through any product with it."""
-    q, k, v, kv, *visible = attention_inputs(2, 3, 4, 2, 32, 200, [70, 5])
-    expected = cached_attention(q, k, v, kv, *visible)
+    qkv, kv, *visible = attention_inputs(2, 3, 4, 2, 32, 200, [70, 5])
+    expected = cached_attention(qkv, kv, *visible)
     for row, live in enumerate([70, 5]):
         kv[:, row, :, live:] = torch.nan
-    assert torch.equal(cached_attention(q, k, v, kv, *visible), expected)
+    assert torch.equal(cached_attention(qkv, kv, *visible), expected)
 
 
 @pytest.mark.parametrize("parts", [1, 2, 16])
@@ -134,12 +135,11 @@ def test_key_counts_the_same_in_the_cache_and_among_the_own_tokens(parts, dtype,
         monkeypatch.setattr("numpy.matmul", partial(np.einsum, "ik,kj->ij"))
     chain = torch.ones(N, N, dtype=torch.bool, device=DEVICE).tril()
     for start in (SPLIT - 3, 16 * SPLIT - N):
-        q, k, v, kv, cached, _, _ = attention_inputs(1, 2 * N, H, K, E, S, [start], dtype)
-        together = cached_attention(q[:, :N], k[:, :N], v[:, :N], kv, cached, chain)
+        qkv, kv, cached, _, _ = attention_inputs(1, 2 * N, H, K, E, S, [start], dtype)
+        together = cached_attention(qkv[:, :N], kv, cached, chain)
         for n in range(1, N):
-            kv[:, 0, :, start + n - 1] = torch.stack((k[0, n - 1], v[0, n - 1]))
-            step = slice(n, n + N)
-            later = cached_attention(q[:, step], k[:, step], v[:, step], kv, cached + n, chain)
+            kv[:, 0, :, start + n - 1] = qkv[0, n - 1, H:].unflatten(0, (2, K))
+            later = cached_attention(qkv[:, n : n + N], kv, cached + n, chain)
             assert torch.equal(later[:, : N - n], together[:, n:])
 
 

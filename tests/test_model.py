@@ -29,6 +29,7 @@ from model import (
     ModelArgs,
     RopeScaling,
     Transformer,
+    appending_attention,
     kv_cache_shape,
     load_model,
     rope_angles,
@@ -433,9 +434,11 @@ def test_each_tree_node_equals_its_own_path_as_a_chain(either):
         assert relative_error(new_kv[..., node, :], alone_kv[..., -1, :]) < FLOAT32
 
 
-def attention_by_hand(q, k, v, kv, cached, ancestors, mask):
+def attention_by_hand(qkv, kv, cached, ancestors, mask):
     """One query at a time over exactly the keys that `cached` and `ancestors` let it see."""
-    y, group = torch.empty_like(q), q.shape[2] // k.shape[2]
+    K = kv.shape[2]
+    q, k, v = qkv.split((qkv.shape[2] - 2 * K, K, K), dim=2)
+    y, group = torch.empty_like(q), q.shape[2] // K
     for b, n, h in torch.cartesian_prod(*map(torch.arange, q.shape[:3])).tolist():
         g, own = h // group, ancestors[n]
         keys = torch.cat((kv[0, b, g, : cached[b]], k[b, own, g])).double()
@@ -461,6 +464,23 @@ def test_attend_replaces_the_attention_of_every_layer(either):
         assert relative_error(a, b) < FLOAT32
 
 
+@pytest.mark.parametrize("live", [0, 4])
+def test_rows_of_one_length_may_write_to_the_cache_at_once(either, live):
+    """A tree of tokens, whose keys and values are also put after the `live` slots, and nowhere
+    else."""
+    tokens, kv, cached = random_tokens(2, 3), garbage_cache(either, 2, 9), torch.tensor([live] * 2)
+    kv[..., :4, :] = forward(either, random_tokens(2, 4, seed=4))[1]
+    tree = torch.tensor([[1, 0, 0], [1, 1, 0], [1, 0, 1]]).bool()
+    given, before = (tokens, torch.tensor([[live, live + 1, live + 1]] * 2)), kv.clone()
+    expected = either(*given, kv, cached, tree)
+    got = either(*given, kv, cached, tree, appending_attention(either.args, live, tree, kv.dtype))
+    for a, b in zip(got, expected, strict=True):
+        assert relative_error(a, b) < FLOAT32
+    assert torch.equal(kv[..., live : live + 3, :], got[1])
+    kv[..., live : live + 3, :] = before[..., live : live + 3, :]
+    assert torch.equal(kv, before)
+
+
 # --- dtypes, shards, what a checkpoint may hold ------------------------------------------------
 
 
@@ -484,7 +504,8 @@ def test_bfloat16_model_is_as_close_to_float32_as_that_of_transformers(tiny, lla
 def test_rope_angles_are_float32_whatever_the_dtype(llama_dir, dtype):
     model, position = load_model(llama_dir, dtype=dtype), 4000
     half = model.args.head_dim // 2
-    angles = [position * model.args.rope_theta ** (-i / half) for i in range(half)] * 2
+    angles = [position * model.args.rope_theta ** (-i / half) for i in range(half)]
+    angles = [-angle for angle in angles] + angles  # as `apply_rope` takes the sine
     cos, sin = rope_angles(torch.tensor([[position]]), model.inv_freq, dtype)
     for got, function in ((cos, math.cos), (sin, math.sin)):
         want = torch.tensor([function(angle) for angle in angles])

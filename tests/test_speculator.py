@@ -149,7 +149,7 @@ def test_choose_gets_the_logits_and_position_of_each_draft_and_decides_it(tmp_pa
 
     def choose(logits, position, ids):
         calls.append((logits, position.tolist()))
-        return second_best(logits, position)
+        return second_best(logits, position), True
 
     expected, drafts = reference(config, tensors, hidden, token, 3, second_best)
     assert torch.equal(model.draft(hidden, token, torch.tensor([5, 0, 311, 40]), 3, choose), drafts)

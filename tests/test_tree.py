@@ -129,7 +129,7 @@ def test_a_tree_with_one_branch_is_the_chain(speculator_dir, options):
         return logits + torch.cos(position[:, None, None] * torch.arange(logits.shape[-1]))
 
     def choose(logits, position, ids):
-        return score(logits[:, None], position, ids).argmax(-1)[:, 0]
+        return score(logits[:, None], position, ids).argmax(-1)[:, 0], True
 
     chain = model.draft(hidden, token, position, 3, choose)
     tokens, parent = model.draft_tree(hidden, token, position, (1, 1, 1), 4, score)
