@@ -61,12 +61,11 @@ def pdl(x: Tensor) -> dict:
 
 
 @triton.jit
-def _weights(w_at, r_in, c_in, EVEN: tl.constexpr):
+def _weights(w_at, known, EVEN: tl.constexpr):
     """A tile of weights, all of them inside if EVEN. Nothing reads them again before they are gone
     from the cache."""
     if EVEN:
         return tl.load(w_at, eviction_policy="evict_first")
-    known = r_in[:, None] & c_in[None, :]
     return tl.load(w_at, mask=known, other=0, eviction_policy="evict_first")
 
 
@@ -84,7 +83,7 @@ def _linear(
     x, w, row_scale, bias, squares, residual, norm, cos, sin, out, weighted, out_squares, part,
     count, M, R, in_tiles, turned, eps,
     E: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
-    DEEP: tl.constexpr, SPLITS: tl.constexpr, AHEAD: tl.constexpr,
+    DEEP: tl.constexpr, SPLITS: tl.constexpr, SLICES: tl.constexpr, AHEAD: tl.constexpr,
     IN_TILES: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out [M, R] = x [M, C] @ w [R, C]^T, one tile of TILE rows of w and one part of C a program.
@@ -94,7 +93,8 @@ def _linear(
     with norm [R], weighted [M, R] = out * norm and out_squares [T, M] are written for the next
     product. GATED: w holds gate and up rows, out [M, R / 2] = silu(gate) * up. With cos and sin
     [M, E / 2], heads of E rows are turned by these angles, as far as row `turned`. AHEAD: columns
-    of a program's weights that are on their way before it waits for x; all of them for one row.
+    of a program's weights that are on their way before it waits for x: all of them for one row, and
+    where SLICES of them, DEEP columns by turns, are multiplied by a warp each.
     """
     tile, split = tl.program_id(0), tl.program_id(1)
     m, i, k = tl.arange(0, ROWS), tl.arange(0, TILE), tl.arange(0, DEEP)
@@ -126,23 +126,25 @@ def _linear(
     if norm is not None:
         weight = tl.load(norm + column, mask=column < width, other=0.0).to(tl.float32)
     parts = ()
-    for start in tl.static_range(0, AHEAD, DEEP):
-        c_in = start + k < C // SPLITS
-        parts += (_weights(w_at + (begin + start + k)[None, :], r_in, c_in, EVEN),)
+    own = tl.arange(0, SLICES)[:, None, None] * DEEP  # where each slice begins
+    if SLICES > 1:
+        for start in tl.static_range(0, C, SLICES * DEEP):
+            slice_c = start + own + k[None, None, :]
+            known = r_in[None, :, None] & (slice_c < C)
+            parts += (_weights(w_at[None, :, :] + slice_c, known, EVEN),)
+    else:
+        for start in tl.static_range(0, AHEAD, DEEP):
+            known = r_in[:, None] & (start + k < C // SPLITS)[None, :]
+            parts += (_weights(w_at + (begin + start + k)[None, :], known, EVEN),)
     if PDL:
         gdc_wait()
     at = m[None, :] * width + column[:, None]
     inside = (m < M)[None, :] & (column < width)[:, None]
-    # What the end needs is asked for here, not when the product waits for it.
+    # What the end needs is asked for here, and looked at there: the product does not wait for it.
     if squares is not None:
-        t = tl.arange(0, IN_TILES)
-        if ROWS == 1:
-            scale = tl.sum(tl.load(squares + t, mask=t < in_tiles, other=0.0), axis=0)
-        else:
-            known = (t < in_tiles)[:, None] & (m < M)[None, :]
-            sums = tl.load(squares + t[:, None] * M + m[None, :], mask=known, other=0.0)
-            scale = tl.sum(sums, axis=0)[None, :]
-        scale = tl.rsqrt(scale / C + eps)
+        t = tl.arange(0, IN_TILES)[:, None]
+        known = (t < in_tiles) & (m < M)[None, :]
+        sums = tl.load(squares + t * M + m[None, :], mask=known, other=0.0)
     if residual is not None:
         old = tl.load(residual + at, mask=inside, other=0.0)
     if cos is not None:
@@ -162,6 +164,18 @@ def _linear(
             b = tl.load(x + begin + at_c, mask=at_c < C // SPLITS, other=0.0)
             wide += _floats(parts[start // DEEP]) * b.to(tl.float32)
         acc += tl.reshape(tl.sum(wide, axis=1), [TILE, 1])
+    elif SLICES > 1:
+        xs = ()
+        for start in tl.static_range(0, C, SLICES * DEEP):
+            slice_c = start + own + k[None, :, None]
+            known = (m < M)[None, None, :] & (slice_c < C)
+            xs += (tl.load(x + m[None, None, :] * C + slice_c, mask=known, other=0.0),)
+        slices = tl.zeros([SLICES, TILE, ROWS], dtype=tl.float32)
+        for start in tl.static_range(0, C, SLICES * DEEP):
+            b = xs[start // (SLICES * DEEP)]
+            a = parts[start // (SLICES * DEEP)].to(b.dtype)
+            slices = tl.dot(a, b, slices, input_precision="ieee")
+        acc = tl.sum(slices, axis=0)
     else:
         xs = ()
         for start in tl.static_range(0, AHEAD, DEEP):
@@ -173,7 +187,7 @@ def _linear(
             acc = tl.dot(parts[start // DEEP].to(b.dtype), b, acc, input_precision="ieee")
         for start in range(AHEAD, C // SPLITS, DEEP):
             at_c, c_in = begin + start + k, start + k < C // SPLITS
-            a = _weights(w_at + at_c[None, :], r_in, c_in, EVEN)
+            a = _weights(w_at + at_c[None, :], r_in[:, None] & c_in[None, :], EVEN)
             x_in = (m < M)[None, :]
             if not EVEN:
                 x_in &= c_in[:, None]
@@ -195,7 +209,7 @@ def _linear(
         if row_scale is not None:
             acc *= of_row[:, None]
         if squares is not None:
-            acc *= scale
+            acc *= tl.rsqrt(tl.sum(sums, axis=0) / C + eps)[None, :]
         if bias is not None:
             acc += shift[:, None]
         if GATED or cos is not None:
@@ -221,7 +235,7 @@ def _linear(
 def tiling(R: int, C: int, M: int, itemsize: int = 2) -> dict:
     """How to cut a product of M rows with w [R, C] of so many bytes each, as measured on an H100
     (M > 32: on an H200): narrow matrices along C too, and 80 kB of loads under way. One row needs
-    no matrix instruction, only many loads."""
+    no matrix instruction, only many loads; a small matrix small tiles, each of a few slices."""
     many = R >= 96 * TILE
     if M == 1:
         splits = 1
@@ -236,14 +250,22 @@ def tiling(R: int, C: int, M: int, itemsize: int = 2) -> dict:
             tile = {"TILE": 2, "num_warps": 2 if R > 1024 else 4}
         else:
             tile = {"TILE": 16 if C <= 4096 else 8, "num_warps": 8}
-        return tile | {"ROWS": 1, "DEEP": 512, "SPLITS": splits}
+        return tile | {"ROWS": 1, "DEEP": 512, "SPLITS": splits, "SLICES": 1}
+    rows = max(16, triton.next_power_of_2(M))
+    in_shared_memory = (rows + 16) * C * itemsize <= 160_000  # all of w and x that a program needs
+    if rows <= 32 and not many and C <= 1536 and C % 64 == 0 and in_shared_memory:
+        slices = 4 if C <= 768 else 8
+        deep = next((d for d in (64, 32) if C % (slices * d) == 0), 16)
+        tile = {"ROWS": rows, "TILE": 16, "DEEP": deep, "SPLITS": 1, "SLICES": slices, "AHEAD": C}
+        return tile | {"num_warps": slices}
     cut, wide = (2, True) if M > 32 else (4, False)
     splits = cut if not many and C >= 1024 and C % (cut * 128) == 0 else 1
     deep = 128 if C // splits % 128 == 0 else 64
     return {
-        "ROWS": max(16, triton.next_power_of_2(M)),
+        "ROWS": rows,
         "TILE": 2 * TILE if wide and R >= 256 * TILE and itemsize < 4 else TILE,
         "SPLITS": splits,
+        "SLICES": 1,
         "DEEP": deep,
         "AHEAD": C // splits if M <= 16 and C // splits <= 640 else 0,
         "num_stages": (512 if itemsize < 4 else 256) // deep,
@@ -271,7 +293,7 @@ def small(
         part = x.new_empty(splits * tiles * tile["TILE"] * rows, dtype=torch.float32)
     cos, sin = angles or (None, None)
     in_tiles = len(squares) if squares is not None else 1
-    even = C % (tile["DEEP"] * splits) == 0 and R % tile["TILE"] == 0
+    even = C % (tile["DEEP"] * splits * tile["SLICES"]) == 0 and R % tile["TILE"] == 0
     _linear[(tiles, splits)](
         x, w, row_scale, bias, squares, residual, norm, cos, sin, out, weighted, out_squares, part,
         counters(x.device), M, R, in_tiles, turned, eps,
@@ -339,14 +361,20 @@ def _attend(
         node, in_head, real = query % N, (e < E)[None, :], query < N * G
         width: tl.constexpr = (G + 2) * K * E  # of a token's q, k and v
         q_at = ((b * N + node) * width + (head * G + query // N) * E)[:, None] + e[None, :]
-        queries = tl.load(qkv + q_at, mask=real[:, None] & in_head, other=0.0)  # [ROWS WIDTH]
+        wanted = real[:, None] & in_head
         seen_at = ancestors + b * row_ancestors + node[:, None] * N - root
         own_at = qkv + (b * N - root) * width + (G * K + head) * E + e[None, :]
         own = (slot >= root) & (slot < root + N)
-        seen = tl.load(seen_at + slot[None, :], mask=own[None, :], other=0) != 0
         key_at, there = own_at + slot[:, None] * width, own[:, None] & in_head
-        keys = tl.where(in_cache, old_keys, tl.load(key_at, mask=there, other=0.0))
-        values = tl.where(in_cache, old_values, tl.load(key_at + K * E, mask=there, other=0.0))
+        # All are on their way before one is used: a change of its layout would hold up the rest.
+        queries = tl.load(qkv + q_at, mask=wanted, other=0.0)  # [ROWS WIDTH]
+        own_keys = tl.load(key_at, mask=there, other=0.0)
+        own_values = tl.load(key_at + K * E, mask=there, other=0.0)
+        seen = tl.load(seen_at + slot[None, :], mask=own[None, :], other=0)
+        keys = tl.where(in_cache, old_keys, own_keys)
+        values = tl.where(in_cache, old_values, own_values)
+        queries = tl.where(wanted, queries, 0.0)
+        seen = seen != 0
         top = tl.full([ROWS], float("-inf"), dtype=tl.float32)
         total = tl.zeros([ROWS], dtype=tl.float32)
         y = tl.zeros([ROWS, WIDTH], dtype=tl.float32)

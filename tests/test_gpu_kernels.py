@@ -163,8 +163,8 @@ def test_small_product_equals_plain(M, R, C, splits):
     x, w, bias, residual, norm = (random(*s) for s in ((M, C), (R, C), (R,), (M, R), (R,)))
     squares = (x * x).view(M, 4, -1).sum(-1).T.contiguous()
     tile = splits and {"DEEP": 64, "SPLITS": splits, "num_stages": 2, "num_warps": 4}
-    if splits == 1 and M > 1:  # tall, and some of the weights ahead of the rest
-        tile |= {"TILE": 128, "AHEAD": 64}
+    if splits and M > 1:  # some of the weights ahead of the rest; in tall tiles
+        tile |= {"SLICES": 1, "AHEAD": 64} | ({"TILE": 128} if splits == 1 else {})
     normed = x * torch.rsqrt((x * x).mean(-1, keepdim=True) + 1e-5)
     y = F.linear(normed, w, bias) + residual
     out, weighted, sums = small(
