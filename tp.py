@@ -184,9 +184,10 @@ def join_target(model: nn.Module, ranks: "Ranks") -> None:
 
 
 def join_speculator(speculator: nn.Module, ranks: "Ranks") -> None:
-    """The same for a sharded speculator and its heads."""
-    for module in (*speculator.emb, *speculator.proj):
-        module.register_forward_hook(lambda module, args, y: ranks.gather(y))
+    """The same for a sharded speculator and its heads: a rank's channels of a projection and of an
+    embedding are added before all ranks' come together."""
+    for norm in speculator.ln:
+        norm.register_forward_pre_hook(lambda module, args: (ranks.gather(args[0]),))
 
 
 def new_mesh(n_kv_heads: int, size: int) -> DeviceMesh:

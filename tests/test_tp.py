@@ -425,7 +425,7 @@ def test_the_step_is_one_graph_that_holds_its_collectives_and_copies_no_weight(r
     assert [sum(kind in name for name in names) for kind in kinds] == [
         2 * layers + 1,
         2,
-        3 * heads + 1,
+        2 * heads + 1,
     ]
     # "float" is of the speculator's norms, [W] each.
     assert readers == {"linear", "embedding", "rms_norm", "float"}
