@@ -412,12 +412,14 @@ class Engine(nn.Module):
         *needs: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The target's choice after each candidate [B, N], its hidden states [B, N, D], and the
-        candidates' keys and values; `live` and needs (noisy, filtered) as for `decode_step`."""
+        candidates' keys and values; `live` and needs (noisy, filtered) as for `decode_step`.
+        One row on a CPU has these in the cache already, beyond its live slots."""
         (B, N), slots = tokens.shape, self.kv.shape[-2]
         positions = root[:, None] + depth  # [B N]
         kv = self.kv if live is None else self.kv[..., :live, :]
         given = tokens, positions, kv, root, ancestors
-        if self.kernels is None and B == 1 and live is not None and live + N <= slots:
+        on_cpu = self.kernels is None and not tokens.is_cuda
+        if on_cpu and B == 1 and live is not None and live + N <= slots:
             attend = appending_attention(self.model.args, live, ancestors.view(N, N), kv.dtype)
             hidden, new_kv = self.model(tokens, positions, self.kv, root, ancestors, attend)
         elif self.kernels is None:
@@ -932,6 +934,7 @@ class ByteLinear(nn.Module):
         self.packed = torch.ops.quantized.linear_prepack(quantised, linear.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = torch.nan_to_num(x)  # which it would not take, while a draft may be anything
         return torch.ops.quantized.linear_dynamic.default(x, self.packed, True)
 
 

@@ -4,10 +4,11 @@
 instead of sixteen. A small batch moves every weight through the bus once and computes little, so
 each kernel is shaped to keep the bus busy:
 
-- `_linear`: a product of few rows. The weights are the matrix instruction's tall operand (64 rows
-  of W), the tokens its narrow one (16, 32 or 64), loads are several tiles ahead of the arithmetic,
-  and matrices of few rows are cut along C so that every multiprocessor has work. One token needs
-  no matrix instruction.
+- `_linear`: a product of few rows. The weights are the matrix instruction's tall operand (mostly
+  64 rows of W), the tokens its narrow one (16, 32 or 64), loads are several tiles ahead of the
+  arithmetic, and matrices of few rows are cut along C so that every multiprocessor has work. A
+  small one is cut into tiles of 16 rows, whose columns the warps share. One token needs no matrix
+  instruction.
 - RMS norm costs no kernel: the producer of x also writes x * weight and the sums of x^2 by tile,
   and the next product scales its result by rsqrt(mean(x^2) + eps). SiLU, bias and the residual
   are applied where the result is written.
@@ -252,7 +253,7 @@ def tiling(R: int, C: int, M: int, itemsize: int = 2) -> dict:
             tile = {"TILE": 16 if C <= 4096 else 8, "num_warps": 8}
         return tile | {"ROWS": 1, "DEEP": 512, "SPLITS": splits, "SLICES": 1}
     rows = max(16, triton.next_power_of_2(M))
-    in_shared_memory = (rows + 16) * C * itemsize <= 160_000  # all of w and x that a program needs
+    in_shared_memory = (rows + 16) * C * max(itemsize, 2) <= 160_000  # a program's w, and x
     if rows <= 32 and not many and C <= 1536 and C % 64 == 0 and in_shared_memory:
         slices = 4 if C <= 768 else 8
         deep = next((d for d in (64, 32) if C % (slices * d) == 0), 16)
@@ -261,6 +262,8 @@ def tiling(R: int, C: int, M: int, itemsize: int = 2) -> dict:
     cut, wide = (2, True) if M > 32 else (4, False)
     splits = cut if not many and C >= 1024 and C % (cut * 128) == 0 else 1
     deep = 128 if C // splits % 128 == 0 else 64
+    if wide and itemsize == 4:  # which no matrix instruction takes: it would not fit in registers
+        deep = 32
     return {
         "ROWS": rows,
         "TILE": 2 * TILE if wide and R >= 256 * TILE and itemsize < 4 else TILE,
@@ -366,7 +369,8 @@ def _attend(
         own_at = qkv + (b * N - root) * width + (G * K + head) * E + e[None, :]
         own = (slot >= root) & (slot < root + N)
         key_at, there = own_at + slot[:, None] * width, own[:, None] & in_head
-        # All are on their way before one is used: a change of its layout would hold up the rest.
+        # All are on their way before one is used: a change of its layout, which would follow the
+        # load of the queries if no `where` stood between, would hold up the rest.
         queries = tl.load(qkv + q_at, mask=wanted, other=0.0)  # [ROWS WIDTH]
         own_keys = tl.load(key_at, mask=there, other=0.0)
         own_values = tl.load(key_at + K * E, mask=there, other=0.0)
@@ -738,7 +742,7 @@ def forward(
     state += kv, cached, ancestors
     if total is None or can_share(x):
         of_ranks = total is not None
-        tile = SUM_BLOCK if of_ranks else tiling(args.dim, args.ffn_dim, len(x))["TILE"]
+        tile = SUM_BLOCK if of_ranks else tiling(args.dim, args.ffn_dim, len(x), x.itemsize)["TILE"]
         how = model.number, of_ranks, -(-args.dim // tile)
         weighted, squares, every_qkv = layers(*how, *state, *angles)
     else:

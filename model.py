@@ -264,7 +264,8 @@ class Layer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Decoder, a pure function: the KV cache belongs to the caller, who also writes it."""
+    """Decoder, a pure function: the KV cache belongs to the caller, who writes it or gives an
+    `attend` that does."""
 
     inv_freq: Tensor
 

@@ -204,6 +204,7 @@ def new_mesh(n_kv_heads: int, size: int) -> DeviceMesh:
 # 11.6 at Llama-3-70B shapes on 4 H200.)
 
 ONE_SHOT_SUMS = 2**18  # bytes up to which torch's kernel adds
+SUMMED_ROWS = 1024  # of which all ranks' parts are here at once
 one_shot_memory: dict[torch.dtype, Tensor] = {}  # for so many bytes, reached by all ranks
 
 os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
@@ -267,10 +268,11 @@ class Ranks:
             return one_shot_sum(x.contiguous(), self.group)
         if self.size == 2:
             return self.collective("all_reduce", x, "sum")
-        # In the order of the ranks, as all other sums: NCCL's own depends on where among how many
-        # bytes a number lies, so that a prompt's last bits would depend on those beside it.
-        parts = self.collective("all_gather_into_tensor", x, self.size)
-        return reduce(torch.add, parts.view(self.size, *x.shape).unbind())
+        # In the order of the ranks, as torch's kernel adds: NCCL's own depends on where among how
+        # many bytes a number lies, so that a prompt's last bits would depend on those beside it.
+        pieces = x.flatten(0, -2).split(SUMMED_ROWS)
+        parts = [self.collective("all_gather_into_tensor", piece, self.size) for piece in pieces]
+        return torch.cat([reduce(torch.add, p.chunk(self.size)) for p in parts]).view(x.shape)
 
     def gather(self, x: Tensor) -> Tensor:
         """[..., n] of every rank, side by side: [..., R * n]."""

@@ -1,5 +1,6 @@
 """The decode step: speculative ids equal plain ids equal transformers' greedy ids, in float32."""
 
+import math
 import os
 import shutil
 import weakref
@@ -500,6 +501,13 @@ def packed_pair(llama_dir, speculator_dir):
     assert count(pair, nn.Linear) == count(pair, HalfLinear) == count(pair, nn.RMSNorm) == 0
     assert count(pair[1], PackedLinear) == 0
     return pair
+
+
+@packing
+def test_a_draft_of_no_numbers_is_a_draft():
+    """A speculator whose states overflow drafts nonsense; it does not end the run."""
+    x = torch.tensor([[math.nan, math.inf, -math.inf, 1.0], [1.0, 2.0, 3.0, 4.0]])
+    assert ByteLinear(nn.Linear(4, 3).requires_grad_(False))(x).shape == (2, 3)
 
 
 @packing

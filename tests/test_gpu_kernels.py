@@ -33,11 +33,13 @@ from gpu_kernels import (
     fits,
     forward,
     joined,
+    layers,
     lineage,
     next_state,
     replace_linears,
     share,
     small,
+    tiling,
     top_children,
 )
 
@@ -181,6 +183,22 @@ def test_small_product_equals_plain(M, R, C, splits):
     assert not counters(x.device).any()  # as the next kernel expects
 
 
+@pytest.mark.parametrize(
+    ("M", "R", "C", "gated"), [(5, 192, 832, True), (20, 100, 576, False), (3, 64, 64, True)]
+)
+def test_slices_of_a_small_matrix_in_16_bits(M, R, C, gated):
+    """Of which some columns may be missing. Products and sums in float32: rounding comes last."""
+    torch.manual_seed(0)
+    assert tiling(R, C, M)["SLICES"] > 1
+    x, w = (random(*s).to(SHORT) for s in ((M, C), (R, C)))
+    y = F.linear(x.double(), w.double())
+    if gated:
+        gate, up = y.chunk(2, dim=-1)
+        y = F.silu(gate) * up
+    out, *_ = small(x, w, gated=gated, dtype=torch.float32)
+    torch.testing.assert_close(out.double(), y, rtol=1e-4, atol=2e-3)
+
+
 def one_rank(y):
     return y
 
@@ -304,7 +322,7 @@ def test_memory_of_ranks_holds_the_largest_sum(shared):
 
 
 @pytest.mark.parametrize("M", [1, 5, 20])
-def test_what_the_compiler_is_told_of_shapes_is_so(M, shared):
+def test_what_the_compiler_is_told_of_shapes_is_so(M, shared, monkeypatch):
     """The number of sums depends on how a product is cut."""
     torch.manual_seed(0)
     shared(1)
@@ -314,14 +332,17 @@ def test_what_the_compiler_is_told_of_shapes_is_so(M, shared):
         (torch.ops.fastspec.gated_linear, (x, random(3, M).square(), 1e-5, w, None)),
     ):
         torch.library.opcheck(op, args, test_utils="test_faketensor")
-    model = Transformer(ModelArgs(128, 1, 1, 1, 64, 64, 50)).to(DEVICE)
+    model = Transformer(ModelArgs(128, 1, 1, 1, 64, 1536, 50)).to(DEVICE)  # in tiles by dtype
     enroll(model)
     kv, cached = random(*kv_cache_shape(model.args, 1, 30)), torch.tensor([7], device=DEVICE)
-    state = x, x, random(3, M).square(), kv, cached, torch.ones(M, M, device=DEVICE).bool().tril()
-    angles = random(M, 32), random(M, 32)
-    for of_ranks, tile in ((False, gpu_kernels.tiling(128, 64, M)["TILE"]), (True, 1024)):
-        args = (model.number, of_ranks, -(-128 // tile), *state, *angles)
+    chain, tokens = torch.ones(M, M, device=DEVICE).bool().tril(), torch.arange(M, device=DEVICE)
+    given = []
+    monkeypatch.setattr(gpu_kernels, "layers", lambda *args: given.append(args) or layers(*args))
+    for total in (None, one_rank):
+        forward(model, tokens[None], 7 + tokens[None], kv, cached, chain, total)
+    for args in given:
         torch.library.opcheck(torch.ops.fastspec.layers, args, test_utils="test_faketensor")
+    assert [of_ranks for _, of_ranks, *_ in given] == [False, True]
 
 
 def test_a_model_keeps_its_number_and_a_copy_gets_another():

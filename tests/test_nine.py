@@ -360,12 +360,11 @@ def test_the_command_of_the_readme_answers(nine, main):
 
 def test_ids_equal_those_of_transformers(nine, main, tmp_path, monkeypatch):
     """With the drafts and without any. Over three tokens a step come only from drafts that are
-    right nearly always, as those of these speculators are, whose contrived weights need more than
-    8 bits."""
-    monkeypatch.delattr(torch, "quantize_per_channel")
+    right nearly always, as those of these speculators are; but for their contrived weights 8 bits
+    are too few."""
     steps, prompts = [], tmp_path / "in.jsonl"
     prompts.write_text(json.dumps({"prompt": DEFAULT_PROMPT}))
-    for i, options in enumerate([[], ["--num-draft-tokens", 0]]):
+    for i, options in enumerate([[], ["--num-draft-tokens", 0], []]):
         output = tmp_path / f"{i}.jsonl"
         code, _, err = main("--prompts", prompts, "--output", output, *options)
         assert code == 0, err
@@ -373,8 +372,10 @@ def test_ids_equal_those_of_transformers(nine, main, tmp_path, monkeypatch):
         assert row["token_ids"] == nine.answer
         assert (row["prompt_tokens"], row["finish_reason"]) == (len(nine.prompt), "stop")
         steps.append(row["steps"])
+        if i == 1:
+            monkeypatch.delattr(torch, "quantize_per_channel")
     assert nine.answer[-1] == nine.ids.ends[0]
-    assert 3 * steps[0] < steps[1] == len(nine.answer)
+    assert 3 * steps[2] < steps[1] == len(nine.answer)
 
 
 def test_every_end_of_the_checkpoint_ends_an_answer(nine, main):

@@ -264,6 +264,20 @@ def as_rank(monkeypatch):
     dist.destroy_process_group()
 
 
+def test_sums_over_more_than_two_ranks_are_in_their_order(as_rank, monkeypatch):
+    """Bit for bit as they add up by hand, also of more rows than are summed at once."""
+    ranks, parts = as_rank(1, 3), torch.randn(3, 2, tp.SUMMED_ROWS // 2 + 7, 8).bfloat16()
+    first = iter(range(0, parts[0, ..., 0].numel(), tp.SUMMED_ROWS))
+
+    def gathered(name, x, size):
+        rows = slice(at := next(first), at + len(x))
+        assert name == "all_gather_into_tensor" and torch.equal(x, parts[1].flatten(0, 1)[rows])
+        return torch.cat([part.flatten(0, 1)[rows] for part in parts])
+
+    monkeypatch.setattr(ranks, "collective", gathered)
+    assert torch.equal(ranks.sum(parts[1]), parts[0] + parts[1] + parts[2])
+
+
 @pytest.mark.parametrize("target", ["gqa", "nine", "bigcode"])
 @pytest.mark.parametrize("size", SIZES)
 def test_a_part_is_what_torch_says_of_its_placements(root, as_rank, target, size):
