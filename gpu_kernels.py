@@ -270,7 +270,7 @@ def tiling(R: int, C: int, M: int, itemsize: int = 2) -> dict:
         "SPLITS": splits,
         "SLICES": 1,
         "DEEP": deep,
-        "AHEAD": C // splits if M <= 16 and C // splits <= 640 else 0,
+        "AHEAD": C // splits if M <= 16 and C // splits <= 640 and itemsize < 4 else 0,
         "num_stages": (512 if itemsize < 4 else 256) // deep,
         "num_warps": 4,
     }
