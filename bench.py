@@ -8,9 +8,9 @@
 
 The ceiling comes first: the bandwidth at which the device reads and the rate at which it
 multiplies, both measured; of several devices the sum. A step's floor is the bytes it must read, or
-the products it must do, at these rates. Modes of one case alternate in rounds; a first round is
-warm-up and not counted. A step's time is the median over the rounds of the median between two
-results that reach the host. The last line of stdout is one JSON document.
+the products it must do, at these rates. Modes of one case alternate in rounds; a first one, of
+two batches at most, is warm-up and not counted. A step's time is the median over the rounds of the
+median between two results that reach the host. The last line of stdout is one JSON document.
 
 Reads downward: shapes, ceiling, what a step needs, engines, runs, rows, output, the command line.
 """
@@ -451,11 +451,12 @@ def measure_rows(llm: Case, requests: list[Request], ceiling: Work, bar) -> list
     runners = [partial(run_engine, llm, mode) for mode in range(len(llm.engines))]
     runners += [partial(run_transformers, llm)] if llm.rival else []
     runs: list[list[Run]] = [[] for _ in runners]
-    for _ in range(1 + options.rounds):
+    few = requests[: 2 * llm.engine.batch_size]
+    for given in (few, *[requests] * options.rounds):
         for runner, of_mode in zip(runners, runs, strict=True):
             if torch.cuda.is_initialized():
                 torch.cuda.reset_peak_memory_stats()
-            of_mode.append(runner(requests))
+            of_mode.append(runner(given))
             bar.update()
     names = ["tree" if e.tree else "chain" if e.k else "plain" for e in llm.engines]
     engines = [*llm.engines, llm.engines[0]]  # transformers needs what plain decoding does
@@ -540,7 +541,7 @@ def describe(llm: Case, ceiling: Work) -> dict:
         nbytes = step_need(llm.weights, llm.heads, engine, 0).nbytes
         least = 1000 * nbytes / ceiling.nbytes
         print(f"weights of a step, {what}: {nbytes / 1e9:.3f} GB, at least {least:.3f} ms")
-    print(f"{options.rounds} rounds after one of warm-up, modes alternating; medians\n")
+    print(f"{options.rounds} rounds after a short one of warm-up, modes alternating; medians\n")
     return document
 
 
@@ -582,7 +583,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--batch", type=counts, default=[1], help="rows decoded together, as 1,4,16 (1)")
     add("--prompt-len", type=counts, help="tokens per prompt, as 128,2048 (128)")
     add("--prompts", metavar="FILE", help="JSON lines with prompt or messages, and sampling fields")
-    add("--rounds", type=int, default=3, help="of every mode, after one of warm-up (3)")
+    add("--rounds", type=int, default=3, help="of every mode, after a short one of warm-up (3)")
     add("--max-new-tokens", type=int, default=64, help="tokens per answer (64)")
     add("--temperature", type=float, default=0.0, help="0, the default, is greedy")
     add("--top-p", type=float, default=1.0, help="1, the default, keeps all")
