@@ -235,8 +235,9 @@ def _linear(
 
 def tiling(R: int, C: int, M: int, itemsize: int = 2) -> dict:
     """How to cut a product of M rows with w [R, C] of so many bytes each, as measured on an H100
-    (M > 32: on an H200): narrow matrices along C too, and 80 kB of loads under way. One row needs
-    no matrix instruction, only many loads; a small matrix small tiles, each of a few slices."""
+    (M > 32: on an H200; slices: chosen by their instructions, not timed yet): narrow matrices along
+    C too, and 80 kB of loads under way. One row needs no matrix instruction, only many loads; a
+    small matrix small tiles, each of a few slices. AHEAD, where it is not said, is all."""
     many = R >= 96 * TILE
     if M == 1:
         splits = 1
@@ -257,9 +258,10 @@ def tiling(R: int, C: int, M: int, itemsize: int = 2) -> dict:
     if rows <= 32 and not many and C <= 1536 and C % 64 == 0 and in_shared_memory:
         slices = 4 if C <= 768 else 8
         deep = next((d for d in (64, 32) if C % (slices * d) == 0), 16)
-        tile = {"ROWS": rows, "TILE": 16, "DEEP": deep, "SPLITS": 1, "SLICES": slices, "AHEAD": C}
+        tile = {"ROWS": rows, "TILE": 16, "DEEP": deep, "SPLITS": 1, "SLICES": slices}
         return tile | {"num_warps": slices}
-    cut, wide = (2, True) if M > 32 else (4, False)
+    wide = M > 32
+    cut = 2 if wide else 4
     splits = cut if not many and C >= 1024 and C % (cut * 128) == 0 else 1
     deep = 128 if C // splits % 128 == 0 else 64
     if wide and itemsize == 4:  # which no matrix instruction takes: it would not fit in registers
@@ -286,7 +288,7 @@ def small(
     if angles is not None:  # of which a tile has one head at most
         tile["TILE"] = min(tile["TILE"], TILE)
     rows, splits, tiles = tile["ROWS"], tile["SPLITS"], triton.cdiv(R, tile["TILE"])
-    tile["AHEAD"] = C // splits if rows == 1 else min(tile["AHEAD"], C // splits)
+    tile.setdefault("AHEAD", C // splits)
     if out is None:
         out = x.new_empty(M, R // 2 if gated else R, dtype=dtype or x.dtype)
     weighted = torch.empty_like(out) if norm is not None else None
@@ -1300,10 +1302,8 @@ def products(
 ) -> tuple[Tensor, Tensor | None]:
     """float32 logits [M, V] of states [M, W], and y [M, W] of the projection after this head, if
     there is one: one product where their weights are joined."""
-    if proj is None:
-        return few_rows(state, head, torch.float32, row_scale), None
-    if (both := joined(head, proj)) is None:
-        y = few_rows(state, proj, torch.float32)
+    if proj is None or (both := joined(head, proj)) is None:
+        y = None if proj is None else few_rows(state, proj, torch.float32)
         return few_rows(state, head, torch.float32, row_scale), y
     logits, y = few_rows(state, both, torch.float32).split((len(head), len(proj)), dim=1)
     return logits, y

@@ -266,7 +266,7 @@ class Ranks:
         small = x.nbytes <= ONE_SHOT_SUMS and x.nbytes % 16 == 0
         if small and x.dtype in one_shot_memory:
             return one_shot_sum(x.contiguous(), self.group)
-        if self.size == 2:
+        if self.size == 2:  # whose order makes no difference
             return self.collective("all_reduce", x, "sum")
         # In the order of the ranks, as torch's kernel adds: NCCL's own depends on where among how
         # many bytes a number lies, so that a prompt's last bits would depend on those beside it.

@@ -476,7 +476,10 @@ def test_bad_prompt_files(text, message, error, dirs, tmp_path):
 )
 def test_a_package_that_is_missing_is_named(option, package, error, monkeypatch):
     find = bench.importlib.util.find_spec
-    missing = lambda name: None if name == package else find(name)  # noqa: E731
+
+    def missing(name):
+        return None if name == package else find(name)
+
     monkeypatch.setattr(bench.importlib.util, "find_spec", missing)
     assert f"needs {package}: pip install {package}" in error("--shape", "tiny", option)
 
