@@ -6,9 +6,8 @@ each kernel is shaped to keep the bus busy:
 
 - `_linear`: a product of few rows. The weights are the matrix instruction's tall operand (mostly
   64 rows of W), the tokens its narrow one (16, 32 or 64), loads are several tiles ahead of the
-  arithmetic, and matrices of few rows are cut along C so that every multiprocessor has work. A
-  small one is cut into tiles of 16 rows, whose columns the warps share. One token needs no matrix
-  instruction.
+  arithmetic, and matrices of few rows are cut along C so that every multiprocessor has work. One
+  token needs no matrix instruction.
 - RMS norm costs no kernel: the producer of x also writes x * weight and the sums of x^2 by tile,
   and the next product scales its result by rsqrt(mean(x^2) + eps). SiLU, bias and the residual
   are applied where the result is written.
@@ -84,7 +83,7 @@ def _linear(
     x, w, row_scale, bias, squares, residual, norm, cos, sin, out, weighted, out_squares, part,
     count, M, R, in_tiles, turned, eps,
     E: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
-    DEEP: tl.constexpr, SPLITS: tl.constexpr, SLICES: tl.constexpr, AHEAD: tl.constexpr,
+    DEEP: tl.constexpr, SPLITS: tl.constexpr, AHEAD: tl.constexpr,
     IN_TILES: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out [M, R] = x [M, C] @ w [R, C]^T, one tile of TILE rows of w and one part of C a program.
@@ -94,8 +93,7 @@ def _linear(
     with norm [R], weighted [M, R] = out * norm and out_squares [T, M] are written for the next
     product. GATED: w holds gate and up rows, out [M, R / 2] = silu(gate) * up. With cos and sin
     [M, E / 2], heads of E rows are turned by these angles, as far as row `turned`. AHEAD: columns
-    of a program's weights that are on their way before it waits for x: all of them for one row, and
-    where SLICES of them, DEEP columns by turns, are multiplied by a warp each.
+    of a program's weights that are on their way before it waits for x: all of them for one row.
     """
     tile, split = tl.program_id(0), tl.program_id(1)
     m, i, k = tl.arange(0, ROWS), tl.arange(0, TILE), tl.arange(0, DEEP)
@@ -127,16 +125,9 @@ def _linear(
     if norm is not None:
         weight = tl.load(norm + column, mask=column < width, other=0.0).to(tl.float32)
     parts = ()
-    own = tl.arange(0, SLICES)[:, None, None] * DEEP  # where each slice begins
-    if SLICES > 1:
-        for start in tl.static_range(0, C, SLICES * DEEP):
-            slice_c = start + own + k[None, None, :]
-            known = r_in[None, :, None] & (slice_c < C)
-            parts += (_weights(w_at[None, :, :] + slice_c, known, EVEN),)
-    else:
-        for start in tl.static_range(0, AHEAD, DEEP):
-            known = r_in[:, None] & (start + k < C // SPLITS)[None, :]
-            parts += (_weights(w_at + (begin + start + k)[None, :], known, EVEN),)
+    for start in tl.static_range(0, AHEAD, DEEP):
+        known = r_in[:, None] & (start + k < C // SPLITS)[None, :]
+        parts += (_weights(w_at + (begin + start + k)[None, :], known, EVEN),)
     if PDL:
         gdc_wait()
     at = m[None, :] * width + column[:, None]
@@ -165,18 +156,6 @@ def _linear(
             b = tl.load(x + begin + at_c, mask=at_c < C // SPLITS, other=0.0)
             wide += _floats(parts[start // DEEP]) * b.to(tl.float32)
         acc += tl.reshape(tl.sum(wide, axis=1), [TILE, 1])
-    elif SLICES > 1:
-        xs = ()
-        for start in tl.static_range(0, C, SLICES * DEEP):
-            slice_c = start + own + k[None, :, None]
-            known = (m < M)[None, None, :] & (slice_c < C)
-            xs += (tl.load(x + m[None, None, :] * C + slice_c, mask=known, other=0.0),)
-        slices = tl.zeros([SLICES, TILE, ROWS], dtype=tl.float32)
-        for start in tl.static_range(0, C, SLICES * DEEP):
-            b = xs[start // (SLICES * DEEP)]
-            a = parts[start // (SLICES * DEEP)].to(b.dtype)
-            slices = tl.dot(a, b, slices, input_precision="ieee")
-        acc = tl.sum(slices, axis=0)
     else:
         xs = ()
         for start in tl.static_range(0, AHEAD, DEEP):
@@ -235,46 +214,47 @@ def _linear(
 
 def tiling(R: int, C: int, M: int, itemsize: int = 2) -> dict:
     """How to cut a product of M rows with w [R, C] of so many bytes each, as measured on an H100
-    (M > 32: on an H200; slices: chosen by their instructions, not timed yet): narrow matrices along
-    C too, and 80 kB of loads under way. One row needs no matrix instruction, only many loads; a
-    small matrix small tiles, each of a few slices. AHEAD, where it is not said, is all."""
-    many = R >= 96 * TILE
-    if M == 1:
-        splits = 1
+    and an H200: narrow matrices along C too, so that every multiprocessor has two tiles to load,
+    and 80 kB of loads under way in each. One row needs no matrix instruction, only many loads, as
+    long as its weights fit in registers. AHEAD, where it is not said, is all."""
+    many, small = R >= 96 * TILE, C <= 1536
+    if M == 1 and (C <= 8192 or (C <= 16384 and C % 64 == 0)):
+        splits, tile = 4 if C > 8192 else 1, {"TILE": 4, "num_warps": 4}
         if C > 8192:
-            splits = next((s for s in range(C // 2048, C) if C % (s * 16) == 0), 1)
-            tile = {"TILE": 8, "num_warps": 4}
-        elif many:
-            few_warps = 1536 < C <= 4096 and itemsize > 1
-            rows = 8 if itemsize == 1 and C <= 3072 else 4
-            tile = {"TILE": rows, "num_warps": 2 if few_warps else 4}
-        elif C <= 1536:
-            tile = {"TILE": 2, "num_warps": 2 if R > 1024 else 4}
-        else:
+            tile["TILE"] = 8
+        elif small:
+            tile["TILE"] = 8 if R > 1024 else 2
+        elif not many:
             tile = {"TILE": 16 if C <= 4096 else 8, "num_warps": 8}
-        return tile | {"ROWS": 1, "DEEP": 512, "SPLITS": splits, "SLICES": 1}
-    rows = max(16, triton.next_power_of_2(M))
-    in_shared_memory = (rows + 16) * C * max(itemsize, 2) <= 160_000  # a program's w, and x
-    if rows <= 32 and not many and C <= 1536 and C % 64 == 0 and in_shared_memory:
-        slices = 4 if C <= 768 else 8
-        deep = next((d for d in (64, 32) if C % (slices * d) == 0), 16)
-        tile = {"ROWS": rows, "TILE": 16, "DEEP": deep, "SPLITS": 1, "SLICES": slices}
-        return tile | {"num_warps": slices}
-    wide = M > 32
-    cut = 2 if wide else 4
-    splits = cut if not many and C >= 1024 and C % (cut * 128) == 0 else 1
-    deep = 128 if C // splits % 128 == 0 else 64
+        elif C <= 4096 and itemsize > 1:
+            tile["num_warps"] = 2
+        elif itemsize == 1 and C <= 3072:
+            tile["TILE"] = 8
+        deep = 1024 if (C > 4096 and many) or C > 8192 else 512
+        return tile | {"ROWS": 1, "DEEP": deep, "SPLITS": splits}
+    few, wide = M <= 16, M > 32
+    splits = 1 if many else 2 if wide else 4
+    if few:
+        splits = 1 if R >= 256 * TILE else 2 if R >= 80 * TILE else 4
+    if C < 1024 or C % (splits * 128):
+        splits = 1
+    tall = R >= 256 * TILE if wide else few and R >= 192 * TILE and not small
+    deep, ahead = 128 if C // splits % 128 == 0 else 64, 0
     if wide and itemsize == 4:  # which no matrix instruction takes: it would not fit in registers
         deep = 32
+    elif few and itemsize < 4 and C // splits <= 640:
+        ahead = C // splits
+    elif few and itemsize < 4 and splits > 1 and not tall:
+        ahead = 512
+    tall &= itemsize < 4
     return {
-        "ROWS": rows,
-        "TILE": 2 * TILE if wide and R >= 256 * TILE and itemsize < 4 else TILE,
+        "ROWS": max(16, triton.next_power_of_2(M)),
+        "TILE": 2 * TILE if tall else TILE,
         "SPLITS": splits,
-        "SLICES": 1,
         "DEEP": deep,
-        "AHEAD": C // splits if M <= 16 and C // splits <= 640 and itemsize < 4 else 0,
+        "AHEAD": ahead,
         "num_stages": (512 if itemsize < 4 else 256) // deep,
-        "num_warps": 4,
+        "num_warps": 8 if tall and few else 4,
     }
 
 
@@ -298,7 +278,7 @@ def small(
         part = x.new_empty(splits * tiles * tile["TILE"] * rows, dtype=torch.float32)
     cos, sin = angles or (None, None)
     in_tiles = len(squares) if squares is not None else 1
-    even = C % (tile["DEEP"] * splits * tile["SLICES"]) == 0 and R % tile["TILE"] == 0
+    even = C % (tile["DEEP"] * splits) == 0 and R % tile["TILE"] == 0
     _linear[(tiles, splits)](
         x, w, row_scale, bias, squares, residual, norm, cos, sin, out, weighted, out_squares, part,
         counters(x.device), M, R, in_tiles, turned, eps,
