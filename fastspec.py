@@ -1451,7 +1451,7 @@ def check_memory(
     with torch.device("meta"):
         modules = [(Transformer(target), 1)]
         if speculator:
-            modules.append((MLPSpeculator(speculator), draft_parallel_size))
+            modules.append((MLPSpeculator(speculator).filled(), draft_parallel_size))
     weights = sum(
         p.numel() * dtype.itemsize // devices
         for module, devices in modules

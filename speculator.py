@@ -38,12 +38,13 @@ class SpeculatorArgs:
     n_candidates: int | None = None
     base_model: str | None = None
     draft_vocab_size: int | None = None  # None: every token can be drafted
+    emb_rank: int | None = None  # None: tokens that cannot be share an embedding
 
     @classmethod
     def from_config(cls, config: dict) -> "SpeculatorArgs":
         """Args from a parsed config.json. An absent `tie_weights` or `scale_input` means False
-        and inner_dim 0 means emb_dim, as in the reference; `draft_vocab_size` is an addition to
-        the format. Raises ValueError naming the field.
+        and inner_dim 0 means emb_dim, as in the reference; `draft_vocab_size` and `emb_rank` are
+        additions to the format. Raises ValueError naming the field.
         """
         if (kind := config.get("model_type")) != "mlp_speculator":
             raise ValueError(
@@ -71,6 +72,10 @@ class SpeculatorArgs:
         vocab_size = _integer(config, "vocab_size")
         if (draft_vocab_size := config.get("draft_vocab_size")) is not None:
             _integer(config, "draft_vocab_size", most=vocab_size)
+        if (emb_rank := config.get("emb_rank")) is not None:
+            if not (outside := vocab_size - (draft_vocab_size or vocab_size)):
+                raise ValueError("config.json: emb_rank needs a draft_vocab_size below vocab_size")
+            _integer(config, "emb_rank", most=min(emb_dim, outside))
         return cls(
             emb_dim=emb_dim,
             inner_dim=_integer(config, "inner_dim", least=0) or emb_dim,
@@ -82,6 +87,7 @@ class SpeculatorArgs:
             n_candidates=n_candidates,
             base_model=base_model,
             draft_vocab_size=draft_vocab_size,
+            emb_rank=emb_rank,
         )
 
 
@@ -123,11 +129,33 @@ def rms(x: Tensor) -> Tensor:
     return F.rms_norm(x.float(), x.shape[-1:], eps=1e-6)
 
 
+class RankEmbedding(nn.Module):
+    """An embedding table [V, W] with `drafted` rows of their own: each of the others is the last
+    row of `weight` and a combination, its row of `down`, of the `rank` rows of `up`."""
+
+    def __init__(self, rows: int, drafted: int, rank: int, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(drafted + 1, width))
+        self.down = nn.Parameter(torch.empty(rows - drafted, rank))
+        self.up = nn.Parameter(torch.empty(rank, width))
+
+    def forward(self, row: Tensor) -> Tensor:
+        """Rows [..., W] of the table, of which a gradient is as small as what is stored."""
+        other = row - (len(self.weight) - 1)
+        # No branch on the device's numbers: an own row takes some row of down, times 0.
+        down = F.embedding(other % len(self.down), self.down) * (other >= 0)[..., None]
+        return F.embedding(row.clamp(max=len(self.weight) - 1), self.weight) + down @ self.up
+
+    def table(self) -> Tensor:
+        return torch.cat((self.weight[:-1], torch.addmm(self.weight[-1], self.down, self.up)))
+
+
 class MLPSpeculator(nn.Module):
     """n_predict heads; head i predicts the (i+1)-th token after the last one.
 
     With a draft vocabulary, only the tokens `draft_ids` have rows of their own in emb and head:
-    all others share the last row of emb, and are never drafted.
+    all others share the last row of emb, or with emb_rank differ from it as a `RankEmbedding`
+    says, and are never drafted.
     """
 
     draft_ids: Tensor | None
@@ -143,7 +171,9 @@ class MLPSpeculator(nn.Module):
         copies = 1 if args.tie_weights else n
         drafted = args.draft_vocab_size or V
         rows = drafted + 1 if args.draft_vocab_size else V
-        self.emb = nn.ModuleList([nn.Embedding(rows, W) for _ in range(copies)])
+        r, self.emb = args.emb_rank, nn.ModuleList()
+        for _ in range(copies):
+            self.emb.append(RankEmbedding(V, drafted, r, W) if r else nn.Embedding(rows, W))
         self.ln = nn.ModuleList([LayerNorm(W) for _ in range(copies)])
         self.head = nn.ModuleList([nn.Linear(W, drafted, bias=False) for _ in range(copies)])
         # proj[0] maps the target's width; tied heads share one projection after it.
@@ -156,7 +186,16 @@ class MLPSpeculator(nn.Module):
         """Name the tokens [drafted] of the draft vocabulary, ascending."""
         row = torch.full((self.args.vocab_size,), len(ids), device=ids.device)
         row[ids] = torch.arange(len(ids), device=ids.device)
+        if self.args.emb_rank:  # the others have one each
+            other = row == len(ids)
+            row = torch.where(other, row + other.cumsum(0) - 1, row)
         self.draft_ids, self.emb_row = ids, row
+
+    def filled(self) -> "MLPSpeculator":
+        """Itself, each RankEmbedding now an ordinary table with a row for every token."""
+        if tables := [emb.table() for emb in self.emb if isinstance(emb, RankEmbedding)]:
+            self.emb = nn.ModuleList(map(nn.Embedding.from_pretrained, tables))
+        return self
 
     def start(self, hidden: Tensor) -> Tensor:
         """State before the first head, from the target's final-norm hidden state [B, D]."""
@@ -306,7 +345,7 @@ def load_speculator(
     if ids is not None:
         model.set_draft_ids(ids.to(device))
     _copy_tensors(found, _tensor_names(model), progress, part)
-    return model.eval().requires_grad_(False)
+    return model.requires_grad_(False).filled().eval()
 
 
 def _draft_ids(where: Path, found: dict, args: SpeculatorArgs) -> Tensor | None:

@@ -51,7 +51,7 @@ KV_ROWS: Placements = (Shard(0), Replicate())  # whole KV heads
 ONCE: Placements = (Partial(), Partial())  # one rank has it and the others zeros
 EVERYWHERE: Placements = (Replicate(), Replicate())
 
-# Module of a stored tensor -> placements of its weight; of what is not named: EVERYWHERE.
+# Part of a stored tensor's name -> placements; the first counts, of what has none: EVERYWHERE.
 TARGET_PLAN = {
     "embed_tokens": ROWS,
     "wte": ROWS,
@@ -66,7 +66,7 @@ TARGET_PLAN = {
     "c_proj": COLUMNS,
     "lm_head": ROWS,
 }
-DRAFT_PLAN = {"emb": COLUMNS, "proj": ROWS, "head": ROWS}
+DRAFT_PLAN = {"down": EVERYWHERE, "emb": COLUMNS, "proj": ROWS, "head": ROWS}
 HEADS_DIM = {"q_proj": 0, "k_proj": 0, "v_proj": 0, "o_proj": 1}  # where heads of zeros may go
 
 
@@ -111,7 +111,7 @@ def pieces(name: str, tensor: Tensor, plan: dict, head_dim: int) -> list[tuple[T
     if "c_attn" in path:  # query heads, then the one key head and the one value head
         queries, kv = tensor.split([len(tensor) - 2 * head_dim, 2 * head_dim])
         return [(queries, ROWS), (kv, EVERYWHERE)]
-    placements = next((plan[part] for part in path if part in plan), EVERYWHERE)
+    placements = next((plan[part] for part in plan if part in path), EVERYWHERE)
     bias_of_sum = path[-1] == "bias" and placements is COLUMNS
     return [(tensor, ONCE if bias_of_sum else placements)]
 

@@ -303,8 +303,11 @@ LOG_EVERY = 500
 CPU_ROOM = 2e9  # bytes of hidden states
 
 
-def new_speculator(args: SpeculatorArgs, texts: list[Text], seed: int, device) -> MLPSpeculator:
-    """Random weights as in IBM's trainer; a draft vocabulary is the most frequent tokens."""
+def new_speculator(
+    args: SpeculatorArgs, texts: list[Text], seed: int, device, table: Tensor | None = None
+) -> MLPSpeculator:
+    """Random weights as in IBM's trainer; a draft vocabulary is the most frequent tokens. With
+    emb_rank, all others begin alike, with what tells them apart in the target's table [V, D]."""
     torch.manual_seed(seed)
     speculator = MLPSpeculator(args)
     for name, param in speculator.named_parameters():
@@ -317,6 +320,12 @@ def new_speculator(args: SpeculatorArgs, texts: list[Text], seed: int, device) -
             dist.all_reduce(counts)
         order = counts.argsort(descending=True, stable=True)
         speculator.set_draft_ids(order[: args.draft_vocab_size].sort().values)
+    if args.emb_rank:
+        others = speculator.emb_row.argsort()[args.draft_vocab_size :]
+        axes, *_ = torch.pca_lowrank(table[others].float(), args.emb_rank)  # [V - drafted, rank]
+        for emb in speculator.emb:
+            emb.down.data.copy_(axes * len(others) ** 0.5)  # of variance 1
+            nn.init.zeros_(emb.up)
     return speculator.to(device)
 
 
@@ -439,7 +448,8 @@ def speculator_config(args: Namespace, target: ModelArgs) -> dict:
         "n_candidates": 5,
         "torch_dtype": "float16",
     }
-    return config | ({"draft_vocab_size": n} if (n := args.draft_vocab_size) is not None else {})
+    more = {"draft_vocab_size": args.draft_vocab_size, "emb_rank": args.emb_rank or None}
+    return config | {name: value for name, value in more.items() if value is not None}
 
 
 def save_speculator(
@@ -492,6 +502,7 @@ def parse_arguments(argv: list[str] | None) -> Namespace:
     add("--tie-weights", action=flag, default=True, help="one set of weights for all heads")
     add("--scale-input", action=flag, default=True, help="normalise the target's hidden state")
     add("--draft-vocab-size", type=int, help="draft only so many, the most frequent, tokens")
+    add("--emb-rank", type=int, help="by which the others' embeddings differ; 0: not at all (32)")
     add("--own-prompts", type=int, default=2, help="that the target adds to each given one (2)")
     add("--max-new-tokens", type=int, default=256, help="tokens per answer (256)")
     add("--tokens", type=int, help="of text at most; unset: answer all prompts")
@@ -507,6 +518,8 @@ def parse_arguments(argv: list[str] | None) -> Namespace:
     for name in ("n_predict", "max_new_tokens", "rows", "steps", "batch_size"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} {value} is out of range: at least 1")
+    if args.emb_rank is None:
+        args.emb_rank = 32 if args.draft_vocab_size else 0
     args.world = int(os.environ.get("WORLD_SIZE", 1))
     args.rank = int(os.environ.get("RANK", 0))
     if args.world > 1 and not args.device and torch.cuda.is_available():
@@ -615,7 +628,8 @@ def run(args: Namespace) -> None:
     gc.collect()
     torch.cuda.empty_cache()
 
-    speculator = new_speculator(speculator_args, texts, args.seed, llm.device)
+    table = target.embed.weight.detach()
+    speculator = new_speculator(speculator_args, texts, args.seed, llm.device, table)
     losses = HeadLosses(speculator, target.output.weight.detach())
     train(args, target, losses, texts, hidden_states(target, held_out))
     if args.rank == 0:

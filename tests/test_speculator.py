@@ -22,7 +22,7 @@ from conftest import (
 from safetensors.torch import load_file, save_file
 
 import speculator as module
-from speculator import LayerNorm, MLPSpeculator, SpeculatorArgs, load_speculator
+from speculator import LayerNorm, MLPSpeculator, RankEmbedding, SpeculatorArgs, load_speculator
 
 CONFIG = {
     "model_type": "mlp_speculator",
@@ -168,6 +168,18 @@ def test_rows_are_independent(speculator_dir):
         one = slice(row, row + 1)
         alone = model.draft(hidden[one], token[one], position[one], 3)
         assert torch.equal(alone, together[one])
+
+
+def test_rows_of_a_rank_and_their_gradients_are_those_of_its_table():
+    torch.manual_seed(0)
+    emb, row = RankEmbedding(50, 12, 4, 16).double(), torch.randint(50, (300, 2))
+    for param in emb.parameters():
+        torch.nn.init.normal_(param)
+    rows, scale = (emb(row), emb.table()[row]), torch.randn(16).double()
+    torch.testing.assert_close(*rows)
+    torch.testing.assert_close(
+        *(torch.autograd.grad((x * scale).square().sum(), emb.parameters()) for x in rows)
+    )
 
 
 # --- 16 bits -----------------------------------------------------------------------------------
@@ -532,6 +544,57 @@ def test_top_k_must_be_one_integer_per_head(top_k):
     message += "found "
     with pytest.raises(ValueError, match=f"^{re.escape(message + repr(top_k))}$"):
         SpeculatorArgs.from_config(CONFIG | {"top_k_tokens_per_head": top_k})
+
+
+RANKED = {"tie_weights": True, "draft_vocab_size": 40, "emb_rank": 5}
+
+
+@pytest.fixture
+def ranked(tmp_path):
+    """A checkpoint with a draft vocabulary and low-rank embeddings of the other tokens."""
+    _, tensors = tiny_speculator(tmp_path / "ranked", **RANKED)
+    small = {name: tensors[name] for name in TIED_ONCE}
+    small["emb.0.weight"], small["head.0.weight"] = small["emb.0.weight"][:41], torch.randn(40, 32)
+    small |= {"emb.0.down": torch.randn(57, 5), "emb.0.up": torch.randn(5, 32)}
+    store(tmp_path / "ranked", small | {"draft_ids": torch.arange(40).int()})
+    return tmp_path / "ranked"
+
+
+def test_a_rank_loads_under_any_alias_and_is_counted_as_rows(ranked):
+    """In a module of numbers that are not there, as memory is estimated, too."""
+    first = load_speculator(ranked)
+    with torch.device("meta"):
+        assert MLPSpeculator(first.args).filled().emb[0].weight.shape == (97, 32)
+    edit_tensors(ranked, lambda t: t.update({"emb.2.up": t.pop("emb.0.up")}))
+    assert_holds(load_speculator(ranked), first.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("emb.0.down"), "1 tensors missing, first emb.0.down"),
+        (lambda t: t.update({"emb.0.up": torch.zeros(4, 32)}), "emb.0.up has shape [4, 32], conf"),
+        (lambda t: t.update({"emb.0.weight": torch.zeros(97, 32)}), "emb.0.weight has shape [97, "),
+        (lambda t: t.update({"emb.0.down": torch.zeros(57, 5).char()}), "emb.0.down is torch.int8"),
+    ],
+)
+def test_tensors_of_a_rank_that_do_not_fit_are_named(ranked, change, message, monkeypatch):
+    edit_tensors(ranked, change)
+    assert_refused(ranked, message, monkeypatch)
+
+
+@pytest.mark.parametrize("value", [0, -1, 49, 5.0, "5", True], ids=str)
+def test_a_rank_must_be_an_integer_of_a_sane_size(value):
+    message = f"config.json: emb_rank must be an integer of 1 to 48, found {value!r}"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        SpeculatorArgs.from_config(CONFIG | RANKED | {"emb_rank": value})
+
+
+@pytest.mark.parametrize("drafted", [None, 97])
+def test_a_rank_needs_tokens_that_are_not_drafted(drafted):
+    message = "^config.json: emb_rank needs a draft_vocab_size below vocab_size$"
+    with pytest.raises(ValueError, match=message):
+        SpeculatorArgs.from_config(CONFIG | RANKED | {"draft_vocab_size": drafted})
 
 
 CONFIG_FILES = {

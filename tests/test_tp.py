@@ -57,6 +57,16 @@ def root(tmp_path_factory):
         tensors[f"head.{i}.weight"] = tensors[f"head.{i}.weight"][ids]
     (root / "narrow" / "config.json").write_text(json.dumps(config | {"draft_vocab_size": 48}))
     save_file(tensors | {"draft_ids": ids.int()}, root / "narrow" / "model.safetensors")
+    shutil.copytree(root / "narrow", root / "ranked")  # a rank that no number of ranks divides
+    (root / "ranked" / "config.json").write_text(
+        json.dumps(config | {"draft_vocab_size": 48, "emb_rank": 5})
+    )
+    file, generator = root / "ranked" / "model.safetensors", torch.Generator().manual_seed(0)
+    tensors = load_file(file)
+    for i in range(3):
+        tensors[f"emb.{i}.down"] = torch.randn(48, 5, generator=generator)
+        tensors[f"emb.{i}.up"] = torch.randn(5, 32, generator=generator) * 0.1
+    save_file(tensors, file)
     tiny_llama(root / "ties", **heads)
     file = root / "ties" / "model.safetensors"
     tensors = load_file(file)
@@ -104,10 +114,11 @@ def test_ranks_give_what_one_process_gives(root, group, target):
                 assert sum(sum(accepted) for *_, accepted in results[name]) > 5
 
 
-def test_a_draft_vocabulary_is_shared_too(root, group):
-    llm = new_llm(root / "gqa", root / "narrow")
+@pytest.mark.parametrize("draft", ["narrow", "ranked"])
+def test_a_draft_vocabulary_is_shared_too(root, group, draft):
+    llm = new_llm(root / "gqa", root / draft)
     for kind in ("greedy", "sampled"):
-        assert group[1][f"narrow {kind}"] == answers(llm, kind)
+        assert group[1][f"{draft} {kind}"] == answers(llm, kind)
 
 
 @pytest.mark.parametrize("kind", ["greedy", "sampled"])

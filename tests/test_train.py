@@ -110,10 +110,15 @@ def test_only_the_right_alignment_solves_it(tmp_path, monkeypatch, offset, solva
     """Texts are random: head 0 can only know a token that its own state tells, which is the one
     after the token that the state chose. A state's own choice or the token two on does not help."""
     states, output = shifted(offset)
+    speculator = train.new_speculator(SpeculatorArgs(48, 32, 1, 24), [], 0, "cpu")
+    accepted = accepted_after_training(speculator, states, output, tmp_path, monkeypatch)
+    assert accepted > 0.85 if solvable else accepted < 0.4  # 9 of 10 positions have a next token
+
+
+def accepted_after_training(speculator, states, output, tmp_path, monkeypatch):
+    """Of the only head, trained on these states of texts of 10 tokens."""
     monkeypatch.setattr(train, "hidden_states", lambda *_: states)
-    args = SpeculatorArgs(48, 32, 1, 24)
     texts = [([0], token.tolist()) for token in states.token.split(10)]
-    speculator = train.new_speculator(args, texts, 0, "cpu")
     weight = torch.zeros(24, 48)
     stub = SimpleNamespace(embed=SimpleNamespace(weight=weight), args=SimpleNamespace(dim=48))
     options = SimpleNamespace(
@@ -121,7 +126,26 @@ def test_only_the_right_alignment_solves_it(tmp_path, monkeypatch, offset, solva
     )
     train.train(options, stub, HeadLosses(speculator, output), texts, states)
     (accepted,) = train.acceptance(speculator, states)["accepted"]
-    assert accepted > 0.85 if solvable else accepted < 0.4  # 9 of 10 positions have a next token
+    return accepted
+
+
+@pytest.mark.parametrize(("rank", "least", "most"), [(None, 0, 0.1), (8, 0.4, 0.5)])
+def test_a_rank_tells_tokens_outside_the_draft_vocabulary_apart(
+    tmp_path, monkeypatch, rank, least, most
+):
+    """Every second token is outside it, and alone decides the next one, t - 12: states say no more
+    than that some such token was chosen. Without a rank a guess is right once in 12 times."""
+    generator = torch.Generator().manual_seed(0)
+    outside = torch.randint(12, 24, (2000,), generator=generator)
+    token = torch.stack((outside, outside - 12), dim=1).flatten()
+    hidden = torch.eye(48)[torch.where(token < 12, token, 40)] * 30
+    states = States(hidden, token, (torch.arange(4000) // 10 + 1) * 10)
+    args = SpeculatorArgs(48, 32, 1, 24, draft_vocab_size=12, emb_rank=rank)
+    table = torch.randn(24, 48, generator=generator)
+    speculator = train.new_speculator(args, [([0], list(range(12)))], 0, "cpu", table)
+    output = torch.eye(24, 48)
+    accepted = accepted_after_training(speculator, states, output, tmp_path, monkeypatch)
+    assert least <= accepted <= most
 
 
 def test_hidden_states_are_those_of_each_text_alone(tmp_path, monkeypatch):
@@ -191,6 +215,24 @@ def test_an_interrupted_training_goes_on_to_the_same_weights(
     assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
     steps = [row["step"] for row in read_lines(tmp_path / "metrics.jsonl")]
     assert steps == [10, 20, 30, 40]
+
+
+def test_a_rank_goes_on_to_the_same_weights(target, prompts, tmp_path, monkeypatch, capsys):
+    """It comes with a draft vocabulary, unless it is 0."""
+    whole, cut, off = (tmp_path / name for name in ("whole", "cut", "off"))
+    assert run(target, prompts, whole, draft_vocab_size=60) == 0
+    assert json.loads((whole / "config.json").read_text())["emb_rank"] == 32
+    monkeypatch.setattr(train, "LOG_EVERY", 10)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 29)
+        assert run(target, prompts, cut, draft_vocab_size=60) == 130
+    assert run(target, prompts, cut, draft_vocab_size=60, emb_rank=31) == 1
+    assert "was begun with emb_rank 32, not 31; choose another --output" in last_line(capsys)
+    assert run(target, prompts, cut, draft_vocab_size=60) == 0
+    name = "model.safetensors"
+    assert (cut / name).read_bytes() == (whole / name).read_bytes()
+    assert run(target, prompts, off, draft_vocab_size=60, emb_rank=0, steps=1) == 0
+    assert "emb_rank" not in json.loads((off / "config.json").read_text())
 
 
 def test_text_that_is_there_is_not_written_again(target, prompts, whole, tmp_path, monkeypatch):
@@ -347,7 +389,8 @@ def test_a_small_memory_trains_block_by_block(target, prompts, tmp_path, monkeyp
 def draft_config(**changes):
     """The config of a run for `tiny_llama`."""
     options = {"n_predict": 3, "inner_dim": 32, "tie_weights": True, "scale_input": True}
-    options |= {"checkpoint": "here", "base_model": "owner/it", "draft_vocab_size": None} | changes
+    options |= {"checkpoint": "here", "base_model": "owner/it"}
+    options |= {"draft_vocab_size": None, "emb_rank": 0} | changes
     target = SimpleNamespace(dim=48, vocab_size=97)
     return train.speculator_config(SimpleNamespace(**options), target)
 
@@ -409,6 +452,47 @@ def test_weights_in_int8(tmp_path):
             assert not torch.equal(found, param), name
 
 
+@pytest.mark.parametrize(("dtype", "most"), [("float16", 1e-3), ("int8", 0.02)])
+@pytest.mark.parametrize("tie", [True, False])
+def test_a_rank_is_stored_and_loads_as_rows(tmp_path, tie, dtype, most):
+    """Tokens outside the draft vocabulary begin alike. `most`: three factors, each off by 2**-12 of
+    a number, or by a step of 127 to the largest of a row over sqrt(12), which is less than 1 %."""
+    config = draft_config(tie_weights=tie, draft_vocab_size=12, emb_rank=5)
+    args, texts = SpeculatorArgs.from_config(config), [([1], list(range(20, 32)))]
+    speculator = train.new_speculator(args, texts, 3, "cpu", torch.randn(97, 48))
+    outside = torch.tensor([t for t in range(97) if not 20 <= t < 32])
+    for emb in speculator.emb:
+        assert len(emb(speculator.emb_row).unique(dim=0)) == 13
+        assert torch.equal(emb(speculator.emb_row[outside]), emb.weight[-1:].expand(85, -1))
+        torch.testing.assert_close(emb.down.var(0, correction=0), torch.ones(5))
+        torch.nn.init.normal_(emb.up, std=0.1)
+    train.save_speculator(speculator, config, tmp_path, dtype)
+    stored = load_file(tmp_path / "model.safetensors")
+    kind = getattr(torch, dtype)
+    for i in range(len(speculator.emb)):
+        for name, shape in {"weight": (13, 32), "down": (85, 5), "up": (5, 32)}.items():
+            tensor = stored[f"speculator.emb.{i}.{name}"]
+            assert (tensor.shape, tensor.dtype) == (shape, kind)
+    loaded = load_speculator(tmp_path)
+    assert loaded.args == args and not any(p.requires_grad for p in loaded.parameters())
+    for ours, emb in zip(speculator.emb, loaded.emb, strict=True):
+        assert type(emb) is torch.nn.Embedding and emb.weight.shape == (97, 32)
+        for tokens in (outside, torch.arange(20, 32)):
+            want, got = ours(speculator.emb_row[tokens]), emb(loaded.emb_row[tokens])
+            assert (got - want).norm() < most * want.norm()
+
+
+def test_a_ranked_speculator_of_the_demos_size_travels(tmp_path):
+    """32 MiB in all, and no file of 16."""
+    sizes = {"n_predict": 8, "inner_dim": 1536, "draft_vocab_size": 9216, "emb_rank": 32}
+    config = draft_config(**sizes) | {"emb_dim": 576, "vocab_size": 49152}
+    args, texts = SpeculatorArgs.from_config(config), [([1], list(range(9216)))]
+    speculator = train.new_speculator(args, texts, 0, "cpu", torch.randn(49152, 576))
+    train.save_speculator(speculator, config, tmp_path, "int8")
+    files = [file.stat().st_size for file in tmp_path.iterdir()]
+    assert sum(files) < 2**25 and max(files) < 2**24
+
+
 def test_scales_that_do_not_fit_are_named(tmp_path):
     config = draft_config()
     speculator = train.new_speculator(SpeculatorArgs.from_config(config), [], 0, "cpu")
@@ -446,12 +530,13 @@ def test_weights_are_cut_into_files_that_travel(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
-def test_a_draft_vocabulary_changes_no_text(tmp_path, temperature):
+@pytest.mark.parametrize("rank", [0, 8])
+def test_a_draft_vocabulary_changes_no_text(tmp_path, temperature, rank):
     """Drafts come from it alone; what it lacks the target still says."""
     tiny_llama(tmp_path / "target")
-    config = draft_config(draft_vocab_size=40)
-    texts = [([1], list(range(0, 80, 2)))]
-    speculator = train.new_speculator(SpeculatorArgs.from_config(config), texts, 0, "cpu")
+    config = draft_config(draft_vocab_size=40, emb_rank=rank)
+    args, texts = SpeculatorArgs.from_config(config), [([1], list(range(0, 80, 2)))]
+    speculator = train.new_speculator(args, texts, 0, "cpu", torch.randn(97, 48))
     train.save_speculator(speculator, config, mkdir(tmp_path / "draft"))
     params = SamplingParams(temperature=temperature, max_tokens=60, seed=4)
     prompts = [[3, 14, 15], [92, 65, 35, 89, 79]]
@@ -564,6 +649,18 @@ def test_options_out_of_range(target, prompts, tmp_path, capsys, option):
 def test_a_draft_vocabulary_larger_than_the_whole(target, prompts, tmp_path, capsys):
     assert run(target, prompts, tmp_path / "out", draft_vocab_size=401) == 1
     assert "draft_vocab_size must be an integer of 1 to 400, found 401" in last_line(capsys)
+
+
+@pytest.mark.parametrize("value", [-1, 341])
+def test_a_rank_out_of_range(target, prompts, tmp_path, capsys, value):
+    assert run(target, prompts, tmp_path / "out", draft_vocab_size=60, emb_rank=value) == 1
+    assert f"emb_rank must be an integer of 1 to 340, found {value}" in last_line(capsys)
+
+
+@pytest.mark.parametrize("options", [{"emb_rank": 8}, {"draft_vocab_size": 400}])
+def test_a_rank_of_no_tokens(target, prompts, tmp_path, capsys, options):
+    assert run(target, prompts, tmp_path / "out", **options) == 1
+    assert "emb_rank needs a draft_vocab_size below vocab_size" in last_line(capsys)
 
 
 def test_the_command_of_the_readme_runs(target, prompts, tmp_path):

@@ -114,9 +114,10 @@ def main(size, root):
             llm.load(ranks)
             for kind in SETTINGS:
                 results[f"{target} {draft_size} {kind}"] = answers(llm, kind)
-    llm = new_llm(root / "gqa", root / "narrow", size, tensor_parallel_size=size, load=False)
-    llm.load(ranks)
-    results |= {f"narrow {kind}": answers(llm, kind) for kind in ("greedy", "sampled")}
+    for draft in ("narrow", "ranked"):
+        llm = new_llm(root / "gqa", root / draft, size, tensor_parallel_size=size, load=False)
+        llm.load(ranks)
+        results |= {f"{draft} {kind}": answers(llm, kind) for kind in ("greedy", "sampled")}
     for draft_size in (1, size):
         draft = root / "draft", draft_size, 9
         llm = new_llm(root / "gqa", *draft, tensor_parallel_size=size, load=False)
