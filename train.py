@@ -448,7 +448,9 @@ def speculator_config(args: Namespace, target: ModelArgs) -> dict:
         "n_candidates": 5,
         "torch_dtype": "float16",
     }
-    more = {"draft_vocab_size": args.draft_vocab_size, "emb_rank": args.emb_rank or None}
+    outside, rank = target.vocab_size - (args.draft_vocab_size or target.vocab_size), args.emb_rank
+    rank = min(32, outside, target.dim) if rank is None else rank
+    more = {"draft_vocab_size": args.draft_vocab_size, "emb_rank": rank or None}
     return config | {name: value for name, value in more.items() if value is not None}
 
 
@@ -518,8 +520,6 @@ def parse_arguments(argv: list[str] | None) -> Namespace:
     for name in ("n_predict", "max_new_tokens", "rows", "steps", "batch_size"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} {value} is out of range: at least 1")
-    if args.emb_rank is None:
-        args.emb_rank = 32 if args.draft_vocab_size else 0
     args.world = int(os.environ.get("WORLD_SIZE", 1))
     args.rank = int(os.environ.get("RANK", 0))
     if args.world > 1 and not args.device and torch.cuda.is_available():

@@ -227,7 +227,7 @@ def test_a_rank_goes_on_to_the_same_weights(target, prompts, tmp_path, monkeypat
         stop_at(patch, 29)
         assert run(target, prompts, cut, draft_vocab_size=60) == 130
     assert run(target, prompts, cut, draft_vocab_size=60, emb_rank=31) == 1
-    assert "was begun with emb_rank 32, not 31; choose another --output" in last_line(capsys)
+    assert "was begun with emb_rank None, not 31; choose another --output" in last_line(capsys)
     assert run(target, prompts, cut, draft_vocab_size=60) == 0
     name = "model.safetensors"
     assert (cut / name).read_bytes() == (whole / name).read_bytes()
@@ -657,10 +657,12 @@ def test_a_rank_out_of_range(target, prompts, tmp_path, capsys, value):
     assert f"emb_rank must be an integer of 1 to 340, found {value}" in last_line(capsys)
 
 
-@pytest.mark.parametrize("options", [{"emb_rank": 8}, {"draft_vocab_size": 400}])
+@pytest.mark.parametrize("options", [{}, {"draft_vocab_size": 400}])
 def test_a_rank_of_no_tokens(target, prompts, tmp_path, capsys, options):
-    assert run(target, prompts, tmp_path / "out", **options) == 1
+    """Is refused, where it was asked for."""
+    assert run(target, prompts, tmp_path / "no", emb_rank=8, **options) == 1
     assert "emb_rank needs a draft_vocab_size below vocab_size" in last_line(capsys)
+    assert run(target, prompts, tmp_path / "out", steps=1, **options) == 0
 
 
 def test_the_command_of_the_readme_runs(target, prompts, tmp_path):
