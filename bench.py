@@ -578,7 +578,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     tree = "trees of N nodes per step, too; unset: as fastspec.py"
     add("--tree", type=counts, default=[], metavar="N[,N..]", help=tree)
     add("--top-k-tokens-per-head", type=counts, metavar="4,3,..", help="children in a tree")
-    add("--draft-dtype", default="auto", choices=["auto", "int8"], help="int8: heads in 8 bits")
+    add("--draft-dtype", default="auto", choices=["auto", "int8"], help="int8: matrices in 8 bits")
     add("--draft-tensor-parallel-size", type=int, default=1, help="ranks that share the speculator")
     add("--batch", type=counts, default=[1], help="rows decoded together, as 1,4,16 (1)")
     add("--prompt-len", type=counts, help="tokens per prompt, as 128,2048 (128)")

@@ -309,7 +309,7 @@ class Engine(nn.Module):
         draft_ranks=None,
     ):
         """`ranks` (of tp.py) share the target, `draft_ranks` the speculator; None: not shared.
-        eight_bit_draft: keep the speculator's heads in int8, where there are kernels for it."""
+        eight_bit_draft: keep the speculator's matrices in int8, where there are kernels for it."""
         super().__init__()
         alone = ranks is None or ranks.size == 1  # and nothing is shared
         self.ranks, self.draft_ranks = (None, None) if alone else (ranks, draft_ranks)
@@ -985,13 +985,13 @@ class LLM:
     {"model": directory or hub id, "method": "mlp_speculator", "num_speculative_tokens": int,
     "revision": str, "tree": int, "top_k_tokens_per_head": list of int, "draft_dtype": "auto" or
     "int8", "draft_tensor_parallel_size": int}, all but "model" optional; "tree" is how many nodes a
-    step verifies, 0 for a chain (unset: 16 for one row on one GPU, else a chain); int8 keeps the
-    heads in 8 bits on a GPU. dtype "auto" is float16 or bfloat16 on a GPU, as the checkpoint says;
-    on a CPU float32, or bfloat16 if it has instructions for that and the weights are stored in it.
-    `compile` None means: on a GPU. tensor_parallel_size GPUs share the target, and the speculator
-    too where its own size (1, if not given) is the same. Raises ValueError for what does not fit
-    before reading weights; `load=False` leaves these to a later `load()`, so that prompts can be
-    checked first, too.
+    step verifies, 0 for a chain (unset: 16 for one row on one GPU, else a chain); int8 keeps its
+    matrices in 8 bits on a GPU. dtype "auto" is float16 or bfloat16 on a GPU, as the checkpoint
+    says; on a CPU float32, or bfloat16 if it has instructions for that and the weights are stored
+    in it. `compile` None means: on a GPU. tensor_parallel_size GPUs share the target, and the
+    speculator too where its own size (1, if not given) is the same. Raises ValueError for what does
+    not fit before reading weights; `load=False` leaves these to a later `load()`, so that prompts
+    can be checked first, too.
     """
 
     engine_class = Engine
@@ -1512,7 +1512,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--num-draft-tokens", type=int, help="tokens drafted per step; 0: none; unset: all heads")
     tree = "verify a tree of N nodes per step; 0: a chain; unset: 16 for one row on a GPU"
     add("--tree", type=int, metavar="N", help=tree)
-    add("--draft-dtype", choices=["int8"], help="keep the speculator's heads in 8 bits (GPU)")
+    add("--draft-dtype", choices=["int8"], help="keep the speculator's matrices in 8 bits (GPU)")
     add("--top-k-tokens-per-head", type=integers, metavar="4,3,..", help="children in a tree")
     add("--prompt", nargs="+", help="one or more texts; with --interactive the first turns")
     add("--prompts", metavar="FILE", help="JSON lines with prompt or messages, and sampling fields")

@@ -79,6 +79,14 @@ def _floats(w):
 
 
 @triton.jit
+def _like(w, x):
+    """Weights in x's type."""
+    if w.dtype == tl.int8:
+        return _floats(w).to(x.dtype)
+    return w.to(x.dtype)
+
+
+@triton.jit
 def _linear(
     x, w, row_scale, bias, squares, residual, norm, cos, sin, out, weighted, out_squares, part,
     count, M, R, in_tiles, turned, eps,
@@ -164,7 +172,7 @@ def _linear(
             xs += (tl.load(x_at, mask=known, other=0.0),)
         for start in tl.static_range(0, AHEAD, DEEP):
             b = xs[start // DEEP]
-            acc = tl.dot(parts[start // DEEP].to(b.dtype), b, acc, input_precision="ieee")
+            acc = tl.dot(_like(parts[start // DEEP], b), b, acc, input_precision="ieee")
         for start in range(AHEAD, C // SPLITS, DEEP):
             at_c, c_in = begin + start + k, start + k < C // SPLITS
             a = _weights(w_at + at_c[None, :], r_in[:, None] & c_in[None, :], EVEN)
@@ -172,7 +180,7 @@ def _linear(
             if not EVEN:
                 x_in &= c_in[:, None]
             b = tl.load(x + m[None, :] * C + at_c[:, None], mask=x_in, other=0.0)
-            acc = tl.dot(a.to(b.dtype), b, acc, input_precision="ieee")
+            acc = tl.dot(_like(a, b), b, acc, input_precision="ieee")
 
     last = True
     if SPLITS > 1:  # whoever finishes last adds the parts, always in the same order
@@ -764,13 +772,13 @@ class SmallLinear(nn.Module):
 
 
 def replace_linears(speculator: nn.Module, eight_bit: bool) -> None:
-    """Let a speculator's products run as small ones, its heads (almost all of it) in 8 bits."""
+    """Let a speculator's products run as small ones, their weights in 8 bits or as they are."""
     for name, module in list(speculator.named_modules()):
         if isinstance(module, nn.Linear):
             parent, _, last = name.rpartition(".")
             head = parent.split(".")[-1] == "head"
             dtype = torch.float32 if head else module.weight.dtype
-            new = SmallLinear(module, dtype, head and eight_bit)
+            new = SmallLinear(module, dtype, eight_bit)
             setattr(speculator.get_submodule(parent), last, new)
     if isinstance(speculator, MLPSpeculator):
         join_weights(speculator)
@@ -779,26 +787,25 @@ def replace_linears(speculator: nn.Module, eight_bit: bool) -> None:
 @torch.no_grad()
 def join_weights(speculator: MLPSpeculator) -> None:
     """Let each head and the projection after it, which take the same state, lie in one matrix, if
-    both are of one type and this was not done before: the graphs of an engine know where they are.
-    """
+    this was not done before: the graphs of an engine know where they are."""
     for head, proj in zip(speculator.head, speculator.proj[1:], strict=False):
-        if head.row_scale is None and joined(head.weight, proj.weight) is None:
-            parts = torch.cat((head.weight, proj.weight)).split(
-                (len(head.weight), len(proj.weight))
-            )
-            for module, part in zip((head, proj), parts, strict=True):
-                module.weight = nn.Parameter(part, requires_grad=False)
+        if joined(head.weight, proj.weight) is None:
+            for name in ("weight", "row_scale") if head.row_scale is not None else ("weight",):
+                parts = getattr(head, name), getattr(proj, name)
+                both = torch.cat(parts).split([len(part) for part in parts])
+                for module, part in zip((head, proj), both, strict=True):
+                    setattr(module, name, nn.Parameter(part, requires_grad=False))
             torch.cuda.empty_cache()  # nothing else is of the size of what is free now
 
 
 def joined(head: Tensor, proj: Tensor) -> Tensor | None:
-    """[V + W, W] of weights [V, W] and [W, W] that `join_weights` has joined, without a copy. The
-    compiler passes parameters as they are, and would copy at each step what is not one of them."""
-    (rows, W), start = head.shape, head.storage_offset()
-    one = head.untyped_storage().data_ptr() == proj.untyped_storage().data_ptr()
-    if not one or proj.storage_offset() != start + rows * W:
+    """[V + W, W] of weights [V, W] and [W, W] that `join_weights` has joined, or [V + W] of their
+    scales, without a copy. The compiler passes parameters as they are, and would copy at each step
+    what is not one of them."""
+    start, one = head.storage_offset(), head.untyped_storage().data_ptr()
+    if one != proj.untyped_storage().data_ptr() or proj.storage_offset() != start + head.numel():
         return None
-    return head.as_strided((rows + len(proj), W), head.stride(), start)
+    return head.as_strided((len(head) + len(proj), *head.shape[1:]), head.stride(), start)
 
 
 # --- choosing tokens ---------------------------------------------------------------------------
@@ -1277,15 +1284,18 @@ def best(
     )  # fmt: skip
 
 
-def products(
-    state: Tensor, head: Tensor, row_scale: Tensor | None, proj: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
+Scaled = tuple[Tensor, Tensor | None]  # a weight [R, C], and the scales [R] of one in 8 bits
+
+
+def products(state: Tensor, head: Scaled, proj: Scaled | None) -> tuple[Tensor, Tensor | None]:
     """float32 logits [M, V] of states [M, W], and y [M, W] of the projection after this head, if
     there is one: one product where their weights are joined."""
-    if proj is None or (both := joined(head, proj)) is None:
-        y = None if proj is None else few_rows(state, proj, torch.float32)
-        return few_rows(state, head, torch.float32, row_scale), y
-    logits, y = few_rows(state, both, torch.float32).split((len(head), len(proj)), dim=1)
+    floats = torch.float32
+    if proj is None or (both := joined(head[0], proj[0])) is None:
+        y = None if proj is None else few_rows(state, proj[0], floats, proj[1])
+        return few_rows(state, head[0], floats, head[1]), y
+    scales = None if head[1] is None else joined(head[1], proj[1])
+    logits, y = few_rows(state, both, floats, scales).split((len(head[0]), len(proj[0])), dim=1)
     return logits, y
 
 
@@ -1293,12 +1303,12 @@ def products(
 def draft(
     hidden: Tensor, token: Tensor, position: Tensor, temperature: Tensor | None,
     seed: Tensor | None, proj: Sequence[Tensor], emb: Sequence[Tensor], norm: Sequence[Tensor],
-    bias: Sequence[Tensor], head: Sequence[Tensor], row_scale: Sequence[Tensor],
-    ids: Tensor | None, emb_row: Tensor | None, token_scale: float, scale_input: bool,
-    top_k: Sequence[int], nodes: int, least: float,
+    bias: Sequence[Tensor], head: Sequence[Tensor], proj_scale: Sequence[Tensor],
+    head_scale: Sequence[Tensor], ids: Tensor | None, emb_row: Tensor | None, token_scale: float,
+    scale_input: bool, top_k: Sequence[int], nodes: int, least: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Tokens and parents [B, nodes] of speculator.py's `draft_tree` from hidden [B, D], token and
-    position [B], with noise of temperature and seed [B] if given."""
+    position [B], with noise of temperature and seed [B] if given. Scales: of weights in 8 bits."""
     B, (children, counts) = len(token), tree_widths(top_k, nodes)
     n, chain, ints = sum(counts), max(top_k) == 1, {"dtype": torch.int64, "device": token.device}
     columns, parents = (torch.empty(B, n, **ints) for _ in range(2))
@@ -1311,16 +1321,20 @@ def draft(
         states = {"token_scale": token_scale, "dtype": hidden.dtype}
         return states | {"emb": emb[own], "weight": norm[own], "bias": bias[own]}
 
-    y = few_rows(hidden, proj[0], torch.float32)  # [B, W]
+    def scaled(weight: Sequence[Tensor], scale: Sequence[Tensor], i: int) -> Scaled:
+        own = min(i, len(weight) - 1)
+        return weight[own], scale[own] if scale else None
+
+    first_proj, first_scale = scaled(proj, proj_scale, 0)
+    y = few_rows(hidden, first_proj, torch.float32, first_scale)  # [B, W]
     root = {"hidden": hidden if scale_input else None, "emb_row": emb_row}
     state = next_state(y, token, **weights(0), M=B, **root, out=(scores, columns, parents))
     # Of the nodes at a depth, which begin at `first`.
     above, first = None, 0
     for i, k in enumerate(children):
-        own, C, after = min(i, len(head) - 1), counts[i], first + counts[i]
-        scale, more = row_scale[own] if row_scale else None, i + 1 < len(children)
-        then = proj[min(i + 1, len(proj) - 1)] if more else None
-        logits, y = products(state, head[own], scale, then)  # [B * C, V], [B * C, W]
+        C, after, more = counts[i], first + counts[i], i + 1 < len(children)
+        then = scaled(proj, proj_scale, i + 1) if more else None
+        logits, y = products(state, scaled(head, head_scale, i), then)  # [B * C, V], [B * C, W]
         kept = [None if x is None else x[:, after:] for x in (scores, columns, parents)]
         level, stride, cut = kept, n, C * k > counts[i + 1]
         if cut:
@@ -1360,11 +1374,14 @@ def draft_tree(
     nodes: int, least: float, temperature: Tensor | None = None, seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`draft_tree` of a speculator whose linears are replaced."""
-    scales = [head.row_scale for head in speculator.head if head.row_scale is not None]
     weights = [[m.weight for m in ms] for ms in (speculator.proj, speculator.emb, speculator.ln)]
     biases, heads = [m.bias for m in speculator.ln], [m.weight for m in speculator.head]
+    scales = [
+        [m.row_scale for m in linears if m.row_scale is not None]
+        for linears in (speculator.proj, speculator.head)
+    ]
     return draft(
-        hidden, token, position, temperature, seed, *weights, biases, heads, scales,
+        hidden, token, position, temperature, seed, *weights, biases, heads, *scales,
         speculator.draft_ids, speculator.emb_row, speculator.token_scale,
         speculator.args.scale_input, top_k, nodes, least,
     )  # fmt: skip

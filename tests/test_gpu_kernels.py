@@ -354,7 +354,7 @@ def test_a_speculator_in_8_bits_drafts_nearly_the_same():
     for copy in (exact, rough):
         copy.load_state_dict(plain.state_dict())
     replace_linears(exact, False), replace_linears(rough, True)
-    assert {m.weight.dtype for m in rough.head} == {torch.int8}
+    assert {m.weight.dtype for m in (*rough.head, *rough.proj)} == {torch.int8}
     state, token = random(3, 64), torch.tensor([5, 0, 199]).to(DEVICE)
     with torch.inference_mode():
         _, logits = plain.step(0, state, token)
@@ -538,7 +538,10 @@ def test_a_head_and_the_projection_after_it_lie_in_one_matrix(tied):
     apart = deepcopy(small)
     assert joined(apart.head[0].weight, apart.proj[1].weight) is None
     _, small = speculators(tie_weights=tied, eight_bit=True)
-    assert joined(small.head[0].weight, small.proj[1].weight) is None
+    head, proj = small.head[0], small.proj[1]
+    for name in ("weight", "row_scale"):
+        parts = getattr(head, name), getattr(proj, name)
+        assert torch.equal(joined(*parts), torch.cat(parts))
     assert joined(plain.head[0].weight, plain.proj[1].weight) is None
 
 
@@ -566,7 +569,7 @@ class Counted:
     ("top_k", "nodes", "eight_bit", "products", "states", "others"),
     [
         ((1, 1, 1), 4, False, 4, 1, 3),  # two for each head, two before the first
-        ((1, 1, 1), 4, True, 6, 1, 3),
+        ((1, 1, 1), 4, True, 4, 1, 3),
         ((4, 3, 2), 9, False, 4, 3, 4),  # every level is cut
         ((3, 1, 2), 13, False, 4, 2, 4),  # an only child's state comes with it
     ],
