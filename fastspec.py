@@ -45,7 +45,7 @@ from model import (
     read_json,
     write_cache,
 )
-from speculator import LEAST, MLPSpeculator, SpeculatorArgs, load_speculator
+from speculator import LEAST, LayerNorm, MLPSpeculator, SpeculatorArgs, load_speculator
 from tokenizer import Tokenizer, load_tokenizer
 
 # --- requests ----------------------------------------------------------------------------------
@@ -454,18 +454,16 @@ class Engine(nn.Module):
         with the first draft that is not likely enough in any row: it is there, so it is verified.
         """
         every = self.all_drafts or self.compiled or self.ranks is not None or self.hidden.is_cuda
-        # Probability of the drafts so far, by row.
-        joint = torch.ones(self.batch_size, device=self.hidden.device)
+        joint = (~self.done).float()  # probability of the drafts so far, by row
 
         def choose(logits: Tensor, position: Tensor, ids: Tensor | None) -> tuple[Tensor, bool]:
-            logits, position = logits[:, None], position[:, None]
             if every:
-                given = logits, position, ids, noisy, False, self.draft_ranks
+                given = logits[:, None], position[:, None], ids, noisy, False, self.draft_ranks
                 return self.choose(*given)[:, 0], True
-            scores = (self.scores(logits, position, ids, None) if noisy else logits)[:, 0]
-            p, column = scores.softmax(-1).max(-1)
-            likely = (joint.mul_(p) >= LIKELY) & ~self.done
-            return column, bool(likely.any())
+            if noisy:
+                logits = self.scores(logits[:, None], position[:, None], ids, None)[:, 0]
+            p, column = logits.softmax(-1).max(-1)
+            return column, joint.mul_(p).max().item() >= LIKELY
 
         return choose
 
@@ -939,27 +937,29 @@ class ByteLinear(nn.Module):
 
 
 class BriefNorm(nn.Module):
-    """nn.RMSNorm in five operations: on a CPU torch's own is made of a dozen, and for few rows each
-    takes the same time however little it does."""
+    """A norm of root mean squares in five operations: on a CPU torch's own is made of a dozen, and
+    for few rows each takes the same time however little it does."""
 
-    def __init__(self, norm: nn.RMSNorm):
+    def __init__(self, norm: nn.RMSNorm | LayerNorm):
         super().__init__()
-        self.weight = norm.weight
+        self.weight, self.bias = norm.weight, getattr(norm, "bias", None)
         self.eps = torch.tensor(norm.eps)
 
     def forward(self, x: Tensor) -> Tensor:
         size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         scale = torch.addcmul(self.eps, size, size, value=1 / x.shape[-1]).rsqrt_()
+        if self.bias is not None:
+            return torch.addcmul(self.bias, x * scale, self.weight)
         return (x * scale).mul_(self.weight)
 
 
 def pack_linears(module: nn.Module, exact: bool) -> None:
-    """Replace every nn.Linear and nn.RMSNorm below a module, one at a time: each frees its weight.
+    """Replace every linear layer and norm below a module, one at a time: each frees its weight.
     That of a linear layer is kept in 8 bits, or if it is to be `exact` in float16 where that holds
     it exactly, as it does if it is the checkpoint's type."""
     for name in [name for name, _ in module.named_children()]:
         child = getattr(module, name)
-        if isinstance(child, nn.RMSNorm):
+        if isinstance(child, nn.RMSNorm | LayerNorm):
             setattr(module, name, BriefNorm(child))
         elif not isinstance(child, nn.Linear):
             pack_linears(child, exact)

@@ -115,6 +115,8 @@ def _flag(config: dict, key: str) -> bool:
 class LayerNorm(nn.Module):
     """x * rsqrt(mean(x^2) + 1e-6) * weight + bias in float32: no mean is subtracted."""
 
+    eps = 1e-6
+
     def __init__(self, dim: int):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
@@ -126,7 +128,7 @@ class LayerNorm(nn.Module):
 
 def rms(x: Tensor) -> Tensor:
     # float32, because the square of a 16-bit hidden state can overflow.
-    return F.rms_norm(x.float(), x.shape[-1:], eps=1e-6)
+    return F.rms_norm(x.float(), x.shape[-1:], eps=LayerNorm.eps)
 
 
 class RankEmbedding(nn.Module):
@@ -208,7 +210,7 @@ class MLPSpeculator(nn.Module):
         token = token if self.emb_row is None else self.emb_row[token]
         shared = 0 if self.args.tie_weights else i
         proj = self.proj[min(i, len(self.proj) - 1)]
-        state = proj(state) + self.token_scale * self.emb[shared](token)
+        state = torch.add(proj(state), self.emb[shared](token), alpha=self.token_scale)
         state = F.gelu(self.ln[shared](state)).to(state.dtype)
         return state, self.head[shared](state).float()
 
