@@ -39,7 +39,7 @@ from torch import Tensor
 from model import (
     ModelArgs,
     Transformer,
-    appending_attention,
+    forward_in_place,
     kv_cache_shape,
     load_model,
     read_json,
@@ -386,8 +386,9 @@ class Engine(nn.Module):
 
         room = torch.where(self.done, 0, self.limit - self.length)
         emitted, accepted, stopped = count_emitted(drafted, sampled, self.stop_ids, room)
-        slots = root[:, None] + self.depth[: sampled.shape[1]]
-        write_cache(self.kv, new_kv, slots)  # beyond the accepted: dead slots
+        if new_kv is not None:
+            slots = root[:, None] + self.depth[: sampled.shape[1]]
+            write_cache(self.kv, new_kv, slots)  # beyond the accepted: dead slots
         self.commit(emitted, stopped, sampled, hidden, accepted)
 
     def candidates(self, root: Tensor, noisy: bool) -> tuple[Tensor, ...]:
@@ -410,18 +411,19 @@ class Engine(nn.Module):
         depth: Tensor,
         live: int | None,
         *needs: int,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """The target's choice after each candidate [B, N], its hidden states [B, N, D], and the
         candidates' keys and values; `live` and needs (noisy, filtered) as for `decode_step`.
-        One row on a CPU has these in the cache already, beyond its live slots."""
+        One row on a CPU has these in the cache then, after its live slots: a chain's to stay."""
         (B, N), slots = tokens.shape, self.kv.shape[-2]
         positions = root[:, None] + depth  # [B N]
         kv = self.kv if live is None else self.kv[..., :live, :]
         given = tokens, positions, kv, root, ancestors
-        on_cpu = self.kernels is None and not tokens.is_cuda
+        on_cpu = self.ranks is None and self.kernels is None and not tokens.is_cuda
         if on_cpu and B == 1 and live is not None and live + N <= slots:
-            attend = appending_attention(self.model.args, live, ancestors.view(N, N), kv.dtype)
-            hidden, new_kv = self.model(tokens, positions, self.kv, root, ancestors, attend)
+            state = self.kv, live, ancestors.view(N, N)
+            hidden = forward_in_place(self.model, tokens, positions, *state)
+            new_kv = self.kv[..., live : live + N, :] if self.tree else None
         elif self.kernels is None:
             hidden, new_kv = self.model(*given)
         elif self.kernels.fits(self.model.args, tokens.numel()):

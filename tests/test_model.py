@@ -29,7 +29,7 @@ from model import (
     ModelArgs,
     RopeScaling,
     Transformer,
-    appending_attention,
+    forward_in_place,
     kv_cache_shape,
     load_model,
     rope_angles,
@@ -464,20 +464,19 @@ def test_attend_replaces_the_attention_of_every_layer(either):
         assert relative_error(a, b) < FLOAT32
 
 
+@pytest.mark.parametrize("nodes", [1, 3])
 @pytest.mark.parametrize("live", [0, 4])
-def test_rows_of_one_length_may_write_to_the_cache_at_once(either, live):
-    """A tree of tokens, whose keys and values are also put after the `live` slots, and nowhere
-    else."""
-    tokens, kv, cached = random_tokens(2, 3), garbage_cache(either, 2, 9), torch.tensor([live] * 2)
-    kv[..., :4, :] = forward(either, random_tokens(2, 4, seed=4))[1]
-    tree = torch.tensor([[1, 0, 0], [1, 1, 0], [1, 0, 1]]).bool()
-    given, before = (tokens, torch.tensor([[live, live + 1, live + 1]] * 2)), kv.clone()
-    expected = either(*given, kv, cached, tree)
-    got = either(*given, kv, cached, tree, appending_attention(either.args, live, tree, kv.dtype))
-    for a, b in zip(got, expected, strict=True):
-        assert relative_error(a, b) < FLOAT32
-    assert torch.equal(kv[..., live : live + 3, :], got[1])
-    kv[..., live : live + 3, :] = before[..., live : live + 3, :]
+def test_one_row_may_be_written_to_the_cache_at_once(either, live, nodes):
+    """A tree of tokens, whose keys and values are put after the `live` slots, and nowhere else."""
+    tokens, kv, cached = random_tokens(1, nodes), garbage_cache(either, 1, 9), torch.tensor([live])
+    kv[..., :4, :] = forward(either, random_tokens(1, 4, seed=4))[1]
+    tree = torch.tensor([[1, 0, 0], [1, 1, 0], [1, 0, 1]]).bool()[:nodes, :nodes]
+    positions, before = torch.tensor([[live, live + 1, live + 1]])[:, :nodes], kv.clone()
+    expected, new_kv = either(tokens, positions, kv, cached, tree)
+    got = forward_in_place(either, tokens, positions, kv, live, tree)
+    assert relative_error(got, expected) < FLOAT32
+    assert relative_error(kv[..., live : live + nodes, :], new_kv) < FLOAT32
+    kv[..., live : live + nodes, :] = before[..., live : live + nodes, :]
     assert torch.equal(kv, before)
 
 
