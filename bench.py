@@ -18,6 +18,7 @@ Reads downward: shapes, ceiling, what a step needs, engines, runs, rows, output,
 import argparse
 import importlib.util
 import json
+import math
 import re
 import resource
 import sys
@@ -330,9 +331,9 @@ class Run(NamedTuple):
 
 def run_summary(clock: list[float], first: list[float], answers: list, seconds: float) -> Run:
     """From the times of results, seconds to first tokens and (prompt, answer, steps) lengths."""
-    if len(clock) < 3:
-        raise ValueError("the answers end within two steps, too short to time; use other prompts")
     gaps = [after - before for before, after in pairwise(clock)]
+    if len(gaps) < 2:  # as a warm-up may be
+        gaps = [math.nan]
     _, tokens, steps = map(sum, zip(*answers, strict=True))
     live = sum((prompt + answer / 2) * n for prompt, answer, n in answers) / steps
     return Run(1e3 * median(gaps), 1e3 * median(first), tokens, steps, live, seconds, peak_gb())
@@ -411,6 +412,8 @@ def run_transformers(llm: Case, requests: list[Request]) -> Run:
 def new_row(mode: str, nodes: int, runs: list[Run], need: Work, ceiling: Work) -> dict:
     """Times, counts and shares of one mode; what compares it with others comes later."""
     step_ms, floor = median(run.step_ms for run in runs), floor_ms(need, ceiling)
+    if math.isnan(step_ms):
+        raise ValueError("the answers end within two steps, too short to time; use other prompts")
     _, _, tokens, steps, _, seconds, _ = map(sum, zip(*runs, strict=True))
     return {
         "mode": mode,
@@ -531,8 +534,7 @@ def describe(llm: Case, ceiling: Work) -> dict:
         "load_s": llm.load_seconds,
         "compile_s": 0.0,
         "compiled_graphs": 0,
-        "max_new_tokens": options.max_new_tokens,
-        "top_p": options.top_p,
+        "options": vars(options),
     }
     print(CEILING.format(**document | {"speculator": document["speculator"] or "none"}))
     if shape:
@@ -632,13 +634,15 @@ def main(argv: list[str] | None = None) -> int:
 
 def check_options(args: argparse.Namespace, ranks) -> None:
     """Refuse what does not go together, and what would fail after the run."""
-    alone, length = not (args.speculator or args.shape), args.max_new_tokens
+    length, drafts = args.max_new_tokens, args.speculator or args.shape
+    of_drafts = ("tree", "num_draft_tokens", "draft_dtype", "draft_tensor_parallel_size")
+    given = [n for n in of_drafts if getattr(args, n) not in (None, [], "auto", 1)]
+    option = f"--{given[0].replace('_', '-')}" if given else ""
     named = args.checkpoint or args.speculator or args.prompts
     for wrong, message in (
         (args.shape and named, "--shape goes without --checkpoint, --speculator and --prompts"),
         (args.prompts and args.prompt_len, "--prompts goes without --prompt-len"),
-        (args.tree and alone, "--tree needs --speculator or --shape"),
-        (args.num_draft_tokens is not None and alone, "--num-draft-tokens needs --speculator"),
+        (given and not drafts, f"{option} needs --speculator or --shape"),
         (args.top_k_tokens_per_head and not args.tree, "--top-k-tokens-per-head needs --tree"),
         (args.vs and ranks is not None, "--vs goes without torchrun"),
         (args.rounds < 1, f"--rounds {args.rounds}: at least 1"),

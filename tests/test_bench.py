@@ -213,8 +213,10 @@ def test_a_run_by_hand():
 
 
 def test_answers_too_short_to_time_are_refused():
+    """A warm-up may be."""
+    run = run_summary([0, 1], [0.3], [(100, 2, 2)], 1.0)
     with pytest.raises(ValueError, match="too short to time"):
-        run_summary([0, 1], [0.3], [(100, 2, 2)], 1.0)
+        bench.new_row("plain", 1, [run], Work(5e6, 0), Work(1e9, 1e12))
 
 
 def make_row(step_ms, tokens, steps, nodes):
@@ -432,6 +434,7 @@ ERRORS = {
     "both_prompts": (("--prompts", "x", "--prompt-len", "5"), "goes without --prompt-len"),
     "k_alone": (("--num-draft-tokens", "2"), "needs --speculator"),
     "tree_alone": (("--tree", "8"), "--tree needs --speculator or --shape"),
+    "int8_alone": (("--draft-dtype", "int8"), "--draft-dtype needs --speculator or --shape"),
     "children_alone": (("--shape", "tiny", "--top-k-tokens-per-head", "2,2,2"), "needs --tree"),
     "children": (
         ("--shape", "tiny", "--tree", "8", "--top-k-tokens-per-head", "2"),

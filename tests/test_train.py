@@ -706,6 +706,8 @@ def test_a_full_disk_loses_nothing(target, prompts, whole, tmp_path, monkeypatch
     assert run(target, prompts, tmp_path) == 0
     name = "model.safetensors"
     assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
+    steps = [row["step"] for row in read_lines(tmp_path / "metrics.jsonl")]
+    assert steps == [10, 20, 30, 40]
 
 
 def test_out_of_memory_says_what_to_lower(target, prompts, tmp_path, monkeypatch, capsys):
