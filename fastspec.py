@@ -29,6 +29,10 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
+# libgomp's threads spin while one of them waits for a core that others use: not for so long. Before
+# torch, which brings it.
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+
 import huggingface_hub
 import torch
 import torch.nn as nn
@@ -84,20 +88,23 @@ class SamplingParams:
     def __post_init__(self):
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         stop_ids = self.stop_token_ids or []
-        good = {
-            "temperature": is_number(self.temperature, 0, 1e6),
-            "top_p": is_number(self.top_p, 0, 1) and self.top_p > 0,
-            "min_p": is_number(self.min_p, 0, 1),
-            "top_k": is_integer(self.top_k, -1),
-            "max_tokens": self.max_tokens is None or is_integer(self.max_tokens, 1),
-            "seed": self.seed is None or is_integer(self.seed, -math.inf, math.inf),
-            "stop": is_list(stop) and all(isinstance(text, str) and text for text in stop),
-            "stop_token_ids": is_list(stop_ids) and all(is_integer(t, 0) for t in stop_ids),
-            "ignore_eos": isinstance(self.ignore_eos, bool),
-        }
-        if bad := [name for name, ok in good.items() if not ok]:
-            value = getattr(self, bad[0])
-            raise ValueError(f"SamplingParams: {bad[0]} {value!r} is out of range")
+        length, seed = self.max_tokens, self.seed
+        texts = is_list(stop) and all(isinstance(text, str) and text for text in stop)
+        ids = is_list(stop_ids) and all(is_integer(t, 0) for t in stop_ids)
+        for name, good, range_ in (
+            ("temperature", is_number(self.temperature, 0, 1e6), "a number from 0 to 1e6"),
+            ("top_p", is_number(self.top_p, 0, 1) and self.top_p > 0, "above 0, at most 1"),
+            ("min_p", is_number(self.min_p, 0, 1), "a number from 0 to 1"),
+            ("top_k", is_integer(self.top_k, -1), "an integer; 0 or -1 keeps all"),
+            ("max_tokens", length is None or is_integer(length, 1), "an integer above 0, or None"),
+            ("seed", seed is None or is_integer(seed, -math.inf, math.inf), "an integer, or None"),
+            ("stop", texts, "a string that is not empty, or several"),
+            ("stop_token_ids", ids, "a list of token ids"),
+            ("ignore_eos", isinstance(self.ignore_eos, bool), "True or False"),
+        ):
+            if not good:
+                value = getattr(self, name)
+                raise ValueError(f"SamplingParams: {name} {value!r} is out of range: {range_}")
         object.__setattr__(self, "top_k", max(self.top_k, 0))
         object.__setattr__(self, "stop", tuple(stop))
         object.__setattr__(self, "stop_token_ids", tuple(stop_ids))
@@ -215,8 +222,8 @@ def largest_threshold(p: Tensor, enough) -> Tensor:
 # --- the engine --------------------------------------------------------------------------------
 
 PREFILL_SIZES = (64, 256, 1024)  # tokens of one prompt at once
-PREFILL_TOKENS = 8192  # of all the prompts computed together, their padding included: at least,
-PREFILL_PER_ROW = 16  # and so many for each row of the batch
+PREFILL_TOKENS = 8192  # computed together in one eager prefill, padding included; or if more:
+PREFILL_PER_ROW = 16  # this many times the batch size
 LIKELY = 0.3  # joint probability of drafts after which one more is worth its time on a CPU
 HEADER = 4  # columns of a result before its tokens: request, tokens emitted, accepted, done
 
@@ -353,13 +360,13 @@ class Engine(nn.Module):
             import gpu_kernels  # Triton is there only where torch has a GPU
 
             self.kernels = gpu_kernels
-            gpu_kernels.counters(weight.device)  # would else lie in the first graph's memory
+            gpu_kernels.counters(weight.device)  # now: in a capture they would lie in its memory
             gpu_kernels.enroll(model)
             if self.k:
                 gpu_kernels.replace_linears(speculator, eight_bit_draft)
                 if self.draft_ranks is None and isinstance(speculator, MLPSpeculator):
                     self.draft_kernels = gpu_kernels
-        self.all_drafts = False  # on a CPU, too, which else leaves out the unlikely
+        self.all_drafts = False  # True: on a CPU, too, k tokens are drafted, however unlikely
         self.busy = False  # a decode loop is running
         self.ahead = int(weight.is_cuda)  # launches queued behind the one whose result is read
         self.packets: list[Packet] = []  # free pinned buffers
@@ -414,7 +421,8 @@ class Engine(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """The target's choice after each candidate [B, N], its hidden states [B, N, D], and the
         candidates' keys and values; `live` and needs (noisy, filtered) as for `decode_step`.
-        One row on a CPU has these in the cache then, after its live slots: a chain's to stay."""
+        One sequence on a CPU writes them into the cache itself, after its live slots: there a
+        chain's stay, and None is returned; of a tree the accepted path has yet to be moved."""
         (B, N), slots = tokens.shape, self.kv.shape[-2]
         positions = root[:, None] + depth  # [B N]
         kv = self.kv if live is None else self.kv[..., :live, :]
@@ -452,9 +460,8 @@ class Engine(nn.Module):
         return tokens if self.ranks is None else self.ranks.same(tokens)
 
     def draft_chooser(self, noisy: bool) -> Callable[..., tuple[Tensor, bool]]:
-        """How `speculator.draft` chooses. On a CPU, where each row of a verification costs, it ends
-        with the first draft that is not likely enough in any row: it is there, so it is verified.
-        """
+        """How `speculator.draft` chooses. On a CPU, where every candidate verified takes time, the
+        drafts end once no sequence's are likely to be all accepted: with the one that shows it."""
         every = self.all_drafts or self.compiled or self.ranks is not None or self.hidden.is_cuda
         joint = (~self.done).float()  # probability of the drafts so far, by row
 
@@ -1064,6 +1071,7 @@ class LLM:
         models = self.local_args, self.speculator_args if self.k else None
         where = self.dtype, self.device, self.packed
         check_memory(*models, cache_shape, *where, self.draft_parallel_size)
+        self.engine: Engine | None = None
         if load:
             self.load()
 
@@ -1160,6 +1168,9 @@ class LLM:
 
     def run(self, requests: Iterable[Request], needs: tuple[bool, int] | None = None) -> Iterator:
         """Text of requests; see `stream` for what it yields and `decode_loop` for `needs`."""
+        if self.engine is None:
+            raise ValueError("the weights are not loaded: call load() first")
+        requests = requests if needs else list(requests)  # looked at before they are taken
         answers: dict[int, Answer] = {}
 
         def taken() -> Iterator[Request]:
@@ -1185,10 +1196,10 @@ class LLM:
         if params.stop and self.tokenizer is None:
             raise ValueError("this checkpoint has no tokenizer files: stop strings need one")
         vocab, room = self.args.vocab_size, self.max_seq_len
-        if not prompt:
-            raise ValueError(f"{name} is empty")
         if not is_list(prompt):
             raise ValueError(f"{name} is neither text nor token ids: {prompt!r}")
+        if not prompt:
+            raise ValueError(f"{name} is empty")
         if bad := [t for t in prompt if not is_integer(t, 0, vocab - 1)]:
             raise ValueError(f"{name}: {bad[0]!r} is not a token id of 0..{vocab - 1}")
         if len(prompt) >= room:
@@ -1199,7 +1210,10 @@ class LLM:
         ends = [] if params.ignore_eos else list(self.end_ids)
         ends = sorted({*ends, *params.stop_token_ids})
         if len(ends) > MAX_STOP_IDS:
-            raise ValueError(f"{len(ends)} end ids; at most {MAX_STOP_IDS} are supported")
+            raise ValueError(
+                f"{name}: {len(ends)} end ids; at most {MAX_STOP_IDS} are supported, the model's "
+                "own among them: give fewer stop_token_ids"
+            )
         seed = secrets.randbits(63) if params.seed is None else params.seed % 2**63
         return Request(list(prompt), params, seed, ends, text=text)
 
@@ -1219,7 +1233,7 @@ DEFAULT_MAX_SEQ_LEN = 8192
 def as_prompt_list(prompts) -> list:
     """One prompt or several, each text or token ids (also as tensors or arrays), as a list."""
     prompts = prompts.tolist() if hasattr(prompts, "tolist") else prompts
-    if not isinstance(prompts, Iterable):
+    if isinstance(prompts, dict | bytes) or not isinstance(prompts, Iterable):
         raise ValueError(f"prompts are neither text nor token ids: {prompts!r}")
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     prompts = [p.tolist() if hasattr(p, "tolist") else p for p in prompts]
@@ -1527,7 +1541,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--min-p", type=float, default=0.0, help="0, the default, keeps all")
     add("--seed", type=int, help="same seed, same text; unset: a fresh one")
     add("--stop", nargs="+", help="strings that end an answer")
-    add("--draft-tensor-parallel-size", type=int, default=1, help="ranks that share the speculator")
+    add("--draft-tensor-parallel-size", type=int, help="ranks that share the speculator (1)")
     add("--batch-size", type=int, help="rows decoded together; unset: as many as needed, up to 8")
     add("--max-seq-len", type=int, help="prompt + answer; unset: the model's, at most 8192")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
@@ -1634,7 +1648,7 @@ def check_options(args: argparse.Namespace) -> None:
     if args.revision and not args.checkpoint:
         raise ValueError("--revision needs --checkpoint")
     needing = ("num_draft_tokens", "speculator_revision", "tree", "top_k_tokens_per_head")
-    needing = (*needing, "draft_dtype")
+    needing = (*needing, "draft_dtype", "draft_tensor_parallel_size")
     if given := [name for name in needing if getattr(args, name) and not args.speculator]:
         raise ValueError(f"--{given[0].replace('_', '-')} needs --speculator")
     if bool(args.prompts) != bool(args.output):
@@ -1657,7 +1671,7 @@ def llm_without_weights(args: argparse.Namespace, devices: int) -> LLM:
     if args.speculator:
         speculative = {"model": args.speculator, "revision": args.speculator_revision}
         speculative["num_speculative_tokens"] = args.num_draft_tokens
-        speculative["draft_tensor_parallel_size"] = args.draft_tensor_parallel_size
+        speculative["draft_tensor_parallel_size"] = args.draft_tensor_parallel_size or 1
         speculative["tree"] = args.tree
         speculative["top_k_tokens_per_head"] = args.top_k_tokens_per_head
         speculative["draft_dtype"] = args.draft_dtype or "auto"

@@ -310,7 +310,7 @@ class Transformer(nn.Module):
             x = x + self.position_embed(positions.clamp(max=self.args.max_position - 1))
         else:
             rope = rope_angles(positions, self.inv_freq, x.dtype)
-        # Here, because it costs as much as a small attention.
+        # Entered once for all layers: it costs as much as a small attention.
         backends = sdpa_kernel(SDPA_BACKENDS) if attend is None else nullcontext()
         visible, attend = (cached, ancestors, mask), attend or plain_attention
         with backends:
@@ -336,7 +336,7 @@ def write_cache(kv: Tensor, new_kv: Tensor, slots: Tensor) -> None:
 
 
 def grouped_mask(seen: Tensor, args: ModelArgs, dtype: torch.dtype) -> Tensor:
-    """What `grouped_attention` adds to scores, [B, 1, G*N, T]: 0 where seen [B, N, T], else -inf.
+    """What `plain_attention` adds to scores, [B, 1, G*N, T]: 0 where seen [B, N, T], else -inf.
     Made once: of a bool mask every layer would make it again."""
     mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
     return mask.repeat(1, args.n_heads // args.n_kv_heads, 1)[:, None]
@@ -352,9 +352,13 @@ def plain_attention(
     qkv: Tensor, kv: Tensor, cached: Tensor, ancestors: Tensor, mask: Tensor
 ) -> Tensor:
     """Attention [B, N, H, E] of the queries in qkv [B, N, H+2K, E] over the cache kv
-    [2, B, K, S, E] and the keys and values in qkv; `grouped_mask` says both `cached` and
-    `ancestors` at once."""
-    return grouped_attention(qkv, torch.cat((kv, own_kv(qkv, kv.shape[2])), dim=3), mask)
+    [2, B, K, S, E] and the keys and values in qkv: the G query heads that share a KV head become
+    G * N query rows, of which `grouped_mask` says what they see (`cached` and `ancestors`)."""
+    (B, N, _, E), K = qkv.shape, kv.shape[2]
+    q = qkv[:, :, : -2 * K].view(B, N, K, -1, E).permute(0, 2, 3, 1, 4)  # [B K G N E]
+    keys, values = torch.cat((kv, own_kv(qkv, K)), dim=3)  # [B K S+N E]
+    y = F.scaled_dot_product_attention(q.reshape(B, K, -1, E), keys, values, attn_mask=mask)
+    return y.view(B, K, -1, N, E).permute(0, 3, 1, 2, 4).reshape(B, N, -1, E)
 
 
 def forward_in_place(
@@ -398,18 +402,6 @@ def forward_in_place(
     return model.norm(x)[None]
 
 
-def grouped_attention(qkv: Tensor, kv: Tensor, mask: Tensor) -> Tensor:
-    """Attention [B, N, H, E] of the queries in qkv [B, N, H+2K, E] over kv [2, B, K, T, E]: the G
-    query heads that share a KV head become G * N query rows, of which mask [B, 1, G*N, T] says
-    what they see."""
-    (B, N, _, E), (keys, values) = qkv.shape, kv
-    K, H = keys.shape[1], qkv.shape[2] - 2 * keys.shape[1]
-    q = qkv[:, :, :H].view(B, N, K, -1, E)
-    q = q.permute(0, 2, 3, 1, 4).reshape(B, K, -1, E)  # [B K G*N E]
-    y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
-    return y.view(B, K, H // K, N, E).permute(0, 3, 1, 2, 4).reshape(B, N, H, E)
-
-
 # Without cuDNN's, which builds a new plan for every prompt length.
 SDPA_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
@@ -438,8 +430,7 @@ def rope_angles(positions: Tensor, inv_freq: Tensor, dtype: torch.dtype) -> tupl
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> None:
     """Rotate x [B, N, h, E] in Hugging Face's layout (first half against second half), in place."""
-    other = x.roll(x.shape[-1] // 2, -1)
-    x.mul_(cos).addcmul_(other, sin)
+    x.copy_(x.roll(x.shape[-1] // 2, -1).mul_(sin).addcmul_(x, cos))
 
 
 # --- weights -----------------------------------------------------------------------------------

@@ -214,7 +214,7 @@ BAD_ROWS = {
     "id": ({"id": [1], "prompt": "Q"}, r"id \[1\] is neither text nor an integer"),
     "number as prompt": ({"prompt": 5}, "the prompt is neither text nor token ids: 5"),
     "no text": ({"prompt": ""}, "the prompt is empty"),
-    "null": ({"prompt": None}, "the prompt is empty"),
+    "null": ({"prompt": None}, "the prompt is neither text nor token ids: None"),
     "id beyond": ({"prompt": [1, 400]}, r"the prompt: 400 is not a token id of 0\.\.399"),
     "too long": ({"prompt": "Q" * 128}, "the prompt has 128 tokens, and max_seq_len 128 leaves no"),
     "messages": ({"messages": "Q"}, "the conversation is not a list of messages but str"),

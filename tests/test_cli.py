@@ -899,6 +899,24 @@ def test_a_torch_device_is_a_device(dirs):
     assert LLM(dirs.bare, device=torch.device("cpu"), load=False).device.type == "cpu"
 
 
+def test_a_dict_is_not_taken_for_its_keys(llms):
+    for prompts in ({"prompt": "Once"}, b"Once"):
+        with pytest.raises(ValueError, match=r"^prompts are neither text nor token ids: "):
+            llms["plain"].generate(prompts)
+
+
+def test_weights_that_are_not_loaded_are_asked_for(dirs):
+    with pytest.raises(ValueError, match=r"^the weights are not loaded: call load\(\) first$"):
+        LLM(dirs.story, device="cpu", load=False).generate("Once")
+
+
+def test_requests_may_come_from_a_generator(llms):
+    llm = llms["plain"]
+    params = SamplingParams(max_tokens=3)
+    requests = [llm.request(p, params, p) for p in ("Once", "There")]
+    assert len(list(llm.run(r for r in requests))) == len(list(llm.run(requests))) > 1
+
+
 @pytest.mark.parametrize("prompts", [None, 5])
 def test_prompts_and_messages_of_another_type_are_refused(llms, prompts):
     with pytest.raises(ValueError, match=f"^prompts are neither text nor token ids: {prompts}$"):

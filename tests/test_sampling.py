@@ -578,7 +578,7 @@ def test_what_is_not_supported_is_refused_by_name(name):
 )
 def test_values_out_of_range_are_refused_by_name(name, value):
     message = re.escape(f"SamplingParams: {name} {value!r} is out of range")
-    with pytest.raises(ValueError, match=f"^{message}$"):
+    with pytest.raises(ValueError, match=f"^{message}: an? |^{message}: above 0|^{message}: True"):
         SamplingParams(**{name: value})
 
 
