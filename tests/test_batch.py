@@ -231,7 +231,7 @@ BAD_ROWS = {
     "seed": ({"prompt": "Q", "seed": True}, ".*seed True is out of range"),
     "too many ends": (
         {"prompt": "Q", "stop_token_ids": list(range(17))},
-        "17 end ids; at most 16 are supported",
+        "the prompt: 17 end ids; at most 16 are supported, the model.s own among them: give fewer",
     ),
 }
 
