@@ -1022,7 +1022,8 @@ class LLM:
         self.device = choose_device(device)
         self.directory = local_checkpoint(model, revision)
         config = read_json(self.directory / "config.json")
-        self.args = ModelArgs.from_config(config)
+        with naming(self.directory):
+            self.args = ModelArgs.from_config(config)
         self.tokenizer = load_tokenizer(self.directory)
         self.end_ids = end_of_sequence_ids(self.directory, config, self.tokenizer)
         self.dtype = choose_dtype(dtype, config, self.device, self.directory)
@@ -1230,6 +1231,15 @@ class LLM:
 DEFAULT_MAX_SEQ_LEN = 8192
 
 
+@contextmanager
+def naming(directory: Path) -> Iterator[None]:
+    """Say in errors about a config.json whose it is: target and speculator have one each."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{directory}: {error}") from None
+
+
 def as_prompt_list(prompts) -> list:
     """One prompt or several, each text or token ids (also as tensors or arrays), as a list."""
     prompts = prompts.tolist() if hasattr(prompts, "tolist") else prompts
@@ -1388,7 +1398,9 @@ def read_speculative_config(
     if not config.get("model"):
         raise ValueError("speculative_config: model is missing")
     directory = local_checkpoint(config["model"], config.get("revision"))
-    args = SpeculatorArgs.from_config(read_json(directory / "config.json"))
+    stored = read_json(directory / "config.json")
+    with naming(directory):
+        args = SpeculatorArgs.from_config(stored)
     for what, ours, theirs in (
         ("hidden width", args.emb_dim, target.dim),
         ("vocabulary", args.vocab_size, target.vocab_size),

@@ -905,6 +905,17 @@ def test_a_dict_is_not_taken_for_its_keys(llms):
             llms["plain"].generate(prompts)
 
 
+@pytest.mark.parametrize("wrong", ["target", "speculator"])
+def test_an_error_in_a_config_says_whose_it_is(dirs, tmp_path, wrong):
+    pair = {"target": dirs.story, "speculator": dirs.right}
+    broken = shutil.copytree(pair[wrong], tmp_path / "broken")
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(config | {"vocab_size": None}))
+    pair[wrong] = broken
+    with pytest.raises(ValueError, match=f"^{re.escape(str(broken))}: config.json: vocab_size"):
+        LLM(pair["target"], {"model": str(pair["speculator"])}, device="cpu", load=False)
+
+
 def test_weights_that_are_not_loaded_are_asked_for(dirs):
     with pytest.raises(ValueError, match=r"^the weights are not loaded: call load\(\) first$"):
         LLM(dirs.story, device="cpu", load=False).generate("Once")
