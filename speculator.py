@@ -328,10 +328,10 @@ def load_speculator(
     torch's .bin, as one file or as shards with their index.
 
     Tensor names may carry the prefix `speculator.`; tied tensors may be stored once or under
-    every alias. Files are mapped, not read: tensors go to `device` one at a time. With `part`,
-    only part(name, tensor) of each is built and read. Raises ValueError naming file and tensor
-    when something does not fit or is not finite; names, shapes and types are checked before the
-    first weight is read.
+    every alias. Files are mapped, not read: tensors go to `device` one at a time (int8 matrices
+    become float32 on the host first, all of them). With `part`, only part(name, tensor) of each is
+    built and read. Raises ValueError naming file and tensor when something does not fit or is not
+    finite; names, shapes and types are checked before the first weight is read.
     """
     directory = Path(directory)
     args = SpeculatorArgs.from_config(_read_json(directory / "config.json"))
