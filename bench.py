@@ -580,8 +580,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     tree = "trees of N nodes per step, too; unset: as fastspec.py"
     add("--tree", type=counts, default=[], metavar="N[,N..]", help=tree)
     add("--top-k-tokens-per-head", type=counts, metavar="4,3,..", help="children in a tree")
-    add("--draft-dtype", default="auto", choices=["auto", "int8"], help="int8: matrices in 8 bits")
-    add("--draft-tensor-parallel-size", type=int, default=1, help="ranks that share the speculator")
+    add("--draft-dtype", choices=["auto", "int8"], help="int8: matrices in 8 bits (auto)")
+    add("--draft-tensor-parallel-size", type=int, help="ranks that share the speculator (1)")
     add("--batch", type=counts, default=[1], help="rows decoded together, as 1,4,16 (1)")
     add("--prompt-len", type=counts, help="tokens per prompt, as 128,2048 (128)")
     add("--prompts", metavar="FILE", help="JSON lines with prompt or messages, and sampling fields")
@@ -636,13 +636,12 @@ def check_options(args: argparse.Namespace, ranks) -> None:
     """Refuse what does not go together, and what would fail after the run."""
     length, drafts = args.max_new_tokens, args.speculator or args.shape
     of_drafts = ("tree", "num_draft_tokens", "draft_dtype", "draft_tensor_parallel_size")
-    given = [n for n in of_drafts if getattr(args, n) not in (None, [], "auto", 1)]
-    option = f"--{given[0].replace('_', '-')}" if given else ""
+    given = [f"--{n.replace('_', '-')}" for n in of_drafts if getattr(args, n) not in (None, [])]
     named = args.checkpoint or args.speculator or args.prompts
     for wrong, message in (
         (args.shape and named, "--shape goes without --checkpoint, --speculator and --prompts"),
         (args.prompts and args.prompt_len, "--prompts goes without --prompt-len"),
-        (given and not drafts, f"{option} needs --speculator or --shape"),
+        (given and not drafts, f"{''.join(given[:1])} needs --speculator or --shape"),
         (args.top_k_tokens_per_head and not args.tree, "--top-k-tokens-per-head needs --tree"),
         (args.vs and ranks is not None, "--vs goes without torchrun"),
         (args.rounds < 1, f"--rounds {args.rounds}: at least 1"),
@@ -670,8 +669,8 @@ def run(args: argparse.Namespace, ranks, root: str) -> None:
     elif speculator and not target:
         target = fastspec.target_of(speculator, None)
     config = {"model": speculator, "num_speculative_tokens": args.num_draft_tokens, "tree": 0}
-    config["draft_dtype"] = args.draft_dtype
-    config["draft_tensor_parallel_size"] = args.draft_tensor_parallel_size
+    config["draft_dtype"] = args.draft_dtype or "auto"
+    config["draft_tensor_parallel_size"] = args.draft_tensor_parallel_size or 1
     target = fastspec.demo_checkpoint() if target in (None, fastspec.DEMO) else target
     models = (target, config if speculator else None)
     where = {"dtype": args.dtype, "device": args.device, "load": False}

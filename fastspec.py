@@ -50,7 +50,7 @@ from model import (
     write_cache,
 )
 from speculator import LEAST, LayerNorm, MLPSpeculator, SpeculatorArgs, load_speculator
-from tokenizer import Tokenizer, load_tokenizer
+from tokenizer import Tokenizer, load_tokenizer, naming
 
 # --- requests ----------------------------------------------------------------------------------
 
@@ -1022,7 +1022,7 @@ class LLM:
         self.device = choose_device(device)
         self.directory = local_checkpoint(model, revision)
         config = read_json(self.directory / "config.json")
-        with naming(self.directory):
+        with naming(self.directory):  # the speculator has a config.json, too
             self.args = ModelArgs.from_config(config)
         self.tokenizer = load_tokenizer(self.directory)
         self.end_ids = end_of_sequence_ids(self.directory, config, self.tokenizer)
@@ -1229,15 +1229,6 @@ class LLM:
 
 
 DEFAULT_MAX_SEQ_LEN = 8192
-
-
-@contextmanager
-def naming(directory: Path) -> Iterator[None]:
-    """Say in errors about a config.json whose it is: target and speculator have one each."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{directory}: {error}") from None
 
 
 def as_prompt_list(prompts) -> list:

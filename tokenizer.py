@@ -40,7 +40,7 @@ import tiktoken
 # The flag says whether the stretch is where the whole text starts.
 Stage = Callable[[str, bool], Iterable[str | int]]
 
-# ---- reading fields: every complaint names the field, _naming adds the file ----
+# ---- reading fields: every complaint names the field, naming adds the file ----
 
 _KINDS = {dict: "an object", list: "a list", str: "a string", int: "an integer", bool: "a boolean"}
 
@@ -83,8 +83,8 @@ def _read_json(path: Path) -> dict:
 
 
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Puts the file before what is said about its content."""
+def naming(path: Path) -> Iterator[None]:
+    """Puts the file, or its directory, before what is said about its content."""
     try:
         yield
     except ValueError as error:
@@ -663,7 +663,7 @@ def _read_chat_template(directory: Path, config: dict) -> str | None:
         named = [item for item in template if isinstance(item, dict)]
         template = next((x.get("template") for x in named if x.get("name") == "default"), None)
     if template is not None and not isinstance(template, str):
-        with _naming(directory / "tokenizer_config.json"):
+        with naming(directory / "tokenizer_config.json"):
             _unsupported("chat_template", template, "a string, or named ones")
     return template
 
@@ -764,7 +764,7 @@ def _sentencepiece_json(data: dict) -> _Model:
 
 def _read_tokenizer_json(path: Path, _: _Beside) -> _Model:
     data = _read_json(path)
-    with _naming(path):
+    with naming(path):
         model = _field(data, "model", dict)
         for name, supported in _MODEL_DEFAULTS.items():
             if model.get(name) not in supported:
@@ -784,7 +784,7 @@ def _read_vocab_and_merges(path: Path, beside: _Beside) -> _Model:
         raise ValueError(f"{path}: {merges.name} is missing beside it")
     lines = _read_text(merges).replace("\r\n", "\n").removesuffix("\n").split("\n")
     model = {"vocab": _read_json(path), "merges": lines}
-    with _naming(path.with_name("vocab.json + merges.txt")):
+    with naming(path.with_name("vocab.json + merges.txt")):
         space = bool(beside.config.get("add_prefix_space"))
         step = {"type": "ByteLevel", "add_prefix_space": space}
         data = {"model": model, "pre_tokenizer": step, "decoder": {"type": "ByteLevel"}}
@@ -897,7 +897,7 @@ def _sentencepiece(data: bytes, beside: _Beside) -> _Model:
 def _read_tokenizer_model(path: Path, beside: _Beside) -> _Model:
     data = path.read_bytes()
     is_ranks = _RANK.fullmatch(data.partition(b"\n")[0])
-    with _naming(path):
+    with naming(path):
         return (_tiktoken if is_ranks else _sentencepiece)(data, beside)
 
 
@@ -975,5 +975,5 @@ def load_tokenizer(directory: str | Path) -> Tokenizer | None:
         return None
     beside = _read_beside(directory)
     model = _READERS[source](directory / source, beside)
-    with _naming(directory / source):
+    with naming(directory / source):
         return _tokenizer(model, beside, source)

@@ -433,6 +433,7 @@ ERRORS = {
     "shape_and_checkpoint": (("--shape", "tiny", "--checkpoint", "x"), "goes without --checkpoint"),
     "both_prompts": (("--prompts", "x", "--prompt-len", "5"), "goes without --prompt-len"),
     "k_alone": (("--num-draft-tokens", "2"), "needs --speculator"),
+    "one_alone": (("--num-draft-tokens", "1"), "--num-draft-tokens needs --speculator or --shape"),
     "tree_alone": (("--tree", "8"), "--tree needs --speculator or --shape"),
     "int8_alone": (("--draft-dtype", "int8"), "--draft-dtype needs --speculator or --shape"),
     "children_alone": (("--shape", "tiny", "--top-k-tokens-per-head", "2,2,2"), "needs --tree"),
