@@ -28,10 +28,19 @@ import torch.nn.functional as F
 from huggingface_hub import save_torch_state_dict
 from huggingface_hub.utils import tqdm
 from torch import Tensor
+from torch.nn.attention import sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
 from fastspec import LLM, Engine, Request, SamplingParams, as_request, decode_loop, one_line, row_of
-from model import ModelArgs, Transformer, kv_cache_shape, load_model, read_json
+from model import (
+    SDPA_BACKENDS,
+    ModelArgs,
+    Transformer,
+    kv_cache_shape,
+    load_model,
+    own_kv,
+    read_json,
+)
 from speculator import MLPSpeculator, SpeculatorArgs, load_speculator
 
 # --- prompts and text --------------------------------------------------------------------------
@@ -208,6 +217,16 @@ class States:
         return self.hidden[at], self.token[where], self.hidden[where[:, 1:]], inside[:, 1:]
 
 
+def causal_attention(qkv: Tensor, kv: Tensor, *_) -> Tensor:
+    """model.py's `plain_attention` of texts with nothing cached: the mask of a batch so large would
+    take longer to read than the texts."""
+    K = kv.shape[2]
+    keys, values = own_kv(qkv, K)
+    q = qkv[:, :, : -2 * K].transpose(1, 2)
+    y = F.scaled_dot_product_attention(q, keys, values, is_causal=True, enable_gqa=True)
+    return y.transpose(1, 2)
+
+
 @torch.no_grad()
 def hidden_states(target: Transformer, texts: list[Text]) -> States:
     """Run the frozen target over these texts, FORWARD_TOKENS at a time."""
@@ -225,8 +244,9 @@ def hidden_states(target: Transformer, texts: list[Text]) -> States:
         ids = nn.utils.rnn.pad_sequence(ids, batch_first=True).to(weight.device)  # [B C]
         kv = weight.new_zeros(kv_cache_shape(target.args, len(batch), 0))
         positions = torch.arange(C, device=weight.device).expand(len(batch), -1)
-        causal = torch.ones(C, C, dtype=torch.bool, device=weight.device).tril()
-        states, _ = target(ids, positions, kv, positions[:, 0], causal)  # [B C D]
+        none = positions[:, 0]
+        with sdpa_kernel(SDPA_BACKENDS):
+            states, _ = target(ids, positions, kv, none, none, causal_attention)  # [B C D]
         spans = [(i * C + len(p) - 1, len(a)) for i, (p, a) in enumerate(batch)]
         chose = torch.cat([torch.arange(n) + first for first, n in spans])  # a token of an answer
         hidden[at : (at := at + len(chose))] = states.flatten(0, 1)[chose.to(weight.device)]
