@@ -156,7 +156,7 @@ class Weights(NamedTuple):
 def count_weights(*modules: nn.Module) -> Weights:
     tensors = [t for m in modules for t in (*m.parameters(), *m.buffers())]
     found = [(t.numel(), t.nbytes) for t in tensors]
-    kinds = fastspec.PackedLinear, fastspec.HalfLinear
+    kinds = fastspec.PackedLinear, fastspec.HalfLinear, fastspec.ByteLinear
     found += [m.size for top in modules for m in top.modules() if isinstance(m, kinds)]
     return Weights(*map(sum, zip(*found, strict=True)))
 
@@ -483,7 +483,7 @@ def measure_rows(llm: Case, requests: list[Request], ceiling: Work, bar) -> list
 # Title, which sets the width, and what a row shows below it: key and format; none for text.
 COLUMNS = [
     *(("mode        ", "mode", ""), ("nodes", "nodes", "d"), ("batch", "batch", "d")),
-    *(("prompts       ", "prompts", ""), ("  T", "temperature", "g")),
+    *(("prompts       ", "prompts", ""), ("    T", "temperature", "g")),
     *((" ms/step", "ms_per_step", ".3f"), ("  draft", "draft_ms", ".3f")),
     *((" verify", "verify_ms", ".3f"), ("   rest", "rest_ms", ".3f")),
     *(("tok/step", "tokens_per_step", ".2f"), (" tok/s", "tokens_per_s", ".1f")),
@@ -740,7 +740,9 @@ def measure(args, new_case: Callable[..., Case], ranks, sets: dict[str, list[Req
             for label, requests in sets.items():
                 count = max(batch, len(requests)) if args.prompts else batch
                 for row in measure_rows(llm, list(islice(cycle(requests), count)), ceiling, bar):
-                    row |= {"batch": batch, "prompts": label, "temperature": args.temperature}
+                    given = {request.params.temperature for request in requests}
+                    temperature = given.pop() if len(given) == 1 else "mixed"
+                    row |= {"batch": batch, "prompts": label, "temperature": temperature}
                     tqdm.write(table_line(columns, row))
                     rows.append(row)
     if llm.compiled:  # from inductor's cache alone: a warm start

@@ -2,7 +2,8 @@
 
 The first of these that is there is read, and `Tokenizer.source` names it:
 
-1. `tokenizer.json`, giving the ids that Hugging Face's `tokenizers` would give. Byte-level BPE
+1. `tokenizer.json`, giving the ids that Hugging Face's `tokenizers` would give (with add_bos_token
+   of tokenizer_config.json, if the file has no post-processor that adds one). Byte-level BPE
    behind ByteLevel (GPT-2), Digits + ByteLevel (StarCoder, SmolLM2, Granite code) or Split +
    ByteLevel (Llama 3); or sentencepiece's BPE of characters with bytes for the rest (Llama 2,
    CodeLlama, Granite 7B), where the file itself says which stretches of text get a space in front.

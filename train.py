@@ -2,8 +2,8 @@
 
     python train.py --checkpoint TARGET --prompts FILE.jsonl ... --output DIR
 
-The target answers the prompts itself; what is learnt is what it does in these answers. All that is
-done is kept in DIR: the same command goes on where an interrupted one stopped.
+The target answers the prompts itself; what is learnt is what it does in these answers. All is kept
+in DIR, of the training what was done a minute ago: the same command goes on from there.
 Letters as in fastspec.py, with M positions, n heads, B texts padded to C tokens."""
 
 import gc
@@ -27,6 +27,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from huggingface_hub import save_torch_state_dict
 from huggingface_hub.utils import tqdm
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
@@ -87,19 +88,20 @@ def write_text(engine: Engine, requests: list[Request], file: Path, most=math.in
     os.truncate(file, sum(map(len, lines)))
     done = dict(map(json.loads, lines))  # request number: answer
     total = sum(map(len, done.values()))
-    todo = [i for i in range(len(requests)) if i not in done] if total < most else []
+    last = max(done, default=-1)  # all before it were begun, and what was begun is finished
+    todo = [i for i in range(len(requests)) if i not in done and (total < most or i < last)]
     answers: list[list[int]] = []
 
     def taken() -> Iterator[Request]:
         for i in todo:
-            if total < most:
+            if total < most or i < last:
                 answers.append([])
                 yield requests[i]
 
     needs = (True, False)  # greedy requests, too: one captured step writes all of the text
     steps = decode_loop(engine, taken(), needs) if todo else ()  # else there is nothing to capture
     bar = tqdm(total=len(requests), initial=len(done), desc=file.stem, unit="row", disable=None)
-    with bar, open(file, "a") as out:
+    with bar, open(file, "a", buffering=1) as out:  # a kill loses no whole line
         for progress in steps:
             answers[progress.request] += progress.tokens
             if progress.done:
@@ -108,7 +110,13 @@ def write_text(engine: Engine, requests: list[Request], file: Path, most=math.in
                 done[number] = answer
                 total += len(answer)
                 bar.update()
-    return [(requests[i].prompt, done[i]) for i in sorted(done)]
+    texts, total = [], 0  # the first ones that have `most` tokens, whichever were finished first
+    for i in sorted(done) if most > 0 else ():
+        texts.append((requests[i].prompt, done[i]))
+        total += len(done[i])
+        if total >= most:
+            break
+    return texts
 
 
 def in_turn(prompts: list[Request], args: Namespace) -> list[Request]:
@@ -127,6 +135,8 @@ def keep_prompts(llm: LLM, texts: list[str], file: Path, apart: set) -> list[Req
     if not file.exists():
         rows = [json.dumps({"prompt": text}) for text in texts if not runs(text) & apart]
         write_whole(file, "\n".join(rows))
+    elif any(runs(json.loads(row)["prompt"]) & apart for row in file.read_text().splitlines()):
+        raise ValueError(f"{file} holds some of the evaluation prompts; choose another --output")
     return read_prompts(llm, [file], least=0)
 
 
@@ -324,7 +334,8 @@ def acceptance(speculator: MLPSpeculator, states: States) -> dict:
 
 # --- training ----------------------------------------------------------------------------------
 
-LOG_EVERY = 500
+LOG_EVERY = 500  # steps
+SAVE_SECONDS = 60
 CPU_ROOM = 2e9  # bytes of hidden states
 
 
@@ -394,7 +405,7 @@ def train(args: Namespace, target: Transformer, losses: HeadLosses, texts: list,
     state = torch.load(file, map_location="cpu", weights_only=True) if file.exists() else {}
     for name in state.keys() & parts:
         parts[name].load_state_dict(state[name])
-    logged, rows = (start := state.get("step", 0)), state.get("rows", [])
+    start, rows, seen = state.get("step", 0), state.get("rows", []), 0
     clock = time.perf_counter()
     examples = batches(target, texts, n, args, start)
     steps, quiet = range(start + 1, args.steps + 1), args.rank > 0 or None
@@ -403,24 +414,32 @@ def train(args: Namespace, target: Transformer, losses: HeadLosses, texts: list,
     for step in bar:
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
-            loss = model(*next(examples))
+            batch = next(examples)
+            loss, seen = model(*batch), seen + len(batch[0])
         loss.sum().backward()
         nn.utils.clip_grad_norm_(speculator.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        if args.rank == 0 and (step % LOG_EVERY == 0 or step == args.steps):
+        logged = step % LOG_EVERY == 0 or step == args.steps
+        if args.rank == 0 and logged:
             found = loss.tolist()  # waits for the device
             if not math.isfinite(sum(found)):
                 raise ValueError(f"the loss is {found} at step {step}; lower --learning-rate")
-            seconds, clock = time.perf_counter() - clock, time.perf_counter()
-            speed = round((step - logged) * args.batch_size * args.world / seconds)
-            row, logged = {"step": step, "loss": found, "tokens_per_s": speed}, step
+            seconds = time.perf_counter() - clock
+            speed = round(seen * args.world / seconds)
+            row = {"step": step, "loss": found, "tokens_per_s": speed}
             rows.append(row | acceptance(speculator, held_out))
             bar.set_postfix_str(f"loss {sum(found):.3f}, {speed} tokens/s")
             write_whole(args.output / "metrics.jsonl", "".join(f"{json.dumps(r)}\n" for r in rows))
+        if args.rank == 0 and (logged or time.perf_counter() - clock > SAVE_SECONDS):
             state = {name: part.state_dict() for name, part in parts.items()}
-            torch.save(state | {"step": step, "rows": rows}, file.with_suffix(".tmp"))
+            try:
+                torch.save(state | {"step": step, "rows": rows}, file.with_suffix(".tmp"))
+            except RuntimeError as error:  # as torch calls a full disk
+                cannot = f"{file} cannot be written; is the disk full?"
+                raise OSError(f"{cannot} ({one_line(error)})") from None
             file.with_suffix(".tmp").replace(file)  # whole, or the one before
+            clock, seen = time.perf_counter(), 0
 
 
 # --- evaluation and files -----------------------------------------------------------------------
@@ -559,7 +578,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("train: interrupted; the same command goes on", file=sys.stderr)
         return 130
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+    except (ValueError, OSError, SafetensorError, torch.OutOfMemoryError) as error:
         full = isinstance(error, torch.OutOfMemoryError)
         advice = "; lower --rows (text) or --batch-size (training)" if full else ""
         print(f"train: {one_line(error)}{advice}", file=sys.stderr)
@@ -567,8 +586,14 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def keep_settings(args: Namespace, prompts: list[Request]) -> None:
-    """settings.json: an output directory is gone on with under the same settings only."""
+# Settings on which the text does not depend.
+SHAPE = ("n_predict", "inner_dim", "tie_weights", "scale_input", "draft_vocab_size", "emb_rank")
+TRAINING = (*SHAPE, "steps", "batch_size", "learning_rate")
+
+
+def keep_settings(args: Namespace) -> None:
+    """settings.json: an output directory is gone on with under the same settings only, but for
+    those of the training while there is no state.pt."""
     free = (
         "output",
         "eval_prompts",
@@ -580,14 +605,19 @@ def keep_settings(args: Namespace, prompts: list[Request]) -> None:
         "save_dtype",
     )
     settings = {name: value for name, value in vars(args).items() if name not in free}
-    settings["prompts"] = hashlib.sha256(str([p.prompt for p in prompts]).encode()).hexdigest()
+    # Not of the prompts as the template renders them: that may write the date.
+    given = b"".join(Path(file).read_bytes() for file in args.prompts)
+    settings["prompts"] = hashlib.sha256(given).hexdigest()
     args.output.mkdir(parents=True, exist_ok=True)
-    if not (file := args.output / "settings.json").exists():
-        write_whole(file, json.dumps(settings, indent=2) + "\n")
-    for name, before in read_json(file).items():
-        if before != (now := settings.get(name)):
+    file = args.output / "settings.json"
+    fixed = (args.output / "state.pt").exists()
+    for name, before in read_json(file).items() if file.exists() else ():
+        if before != (now := settings.get(name)) and (fixed or name not in TRAINING):
             begun = f"{args.output} was begun with {name} {before}, not {now}"
-            raise ValueError(f"{begun}; choose another --output")
+            again = ", or delete its state.pt to train anew on its text" if name in TRAINING else ""
+            raise ValueError(f"{begun}; choose another --output{again}")
+    if not args.rank:
+        write_whole(file, json.dumps(settings, indent=2) + "\n")
 
 
 def captured(step: Callable) -> Callable:
@@ -635,7 +665,7 @@ def run(args: Namespace) -> None:
         if args.rank:
             dist.barrier()  # rank 0 writes the settings that the others read
     try:
-        keep_settings(args, prompts)
+        keep_settings(args)
     finally:
         if args.world > 1 and not args.rank:
             dist.barrier()

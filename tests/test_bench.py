@@ -15,7 +15,7 @@ from test_speculator import PUBLISHED
 
 import bench
 from bench import Weights, Work, run_summary, shape_configs
-from fastspec import TARGETS, Engine
+from fastspec import TARGETS, Engine, pack_linears, packs_linears
 from model import ModelArgs, Transformer
 from speculator import MLPSpeculator, SpeculatorArgs
 
@@ -318,6 +318,17 @@ def test_trees_of_right_drafts(main, dirs, tmp_path):
     assert [row["tokens_per_step"] for row in rows] == [1, 3.5, 3.5, 3]
 
 
+@pytest.mark.parametrize(("second", "shown"), [(0.75, 0.75), (0.5, "mixed")])
+def test_temperatures_of_a_file(main, dirs, tmp_path, second, shown):
+    file = tmp_path / "in.jsonl"
+    rows = [{"prompt": "Q", "temperature": t} for t in (0.75, second)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = ("--checkpoint", dirs.story, "--speculator", dirs.right, "--prompts", file)
+    out, _, rows = main(*argv, "--max-new-tokens", 32)
+    assert [row["temperature"] for row in rows] == [shown, shown]
+    assert f" {shown} " in next(line for line in out.splitlines() if line.startswith("chain"))
+
+
 def test_live_cache_in_the_bytes(main):
     """16 tokens after 5: one row holds 5 + 8 on average, with 192 * 2 bytes per token in float32;
     the weights are counted before any packing."""
@@ -325,6 +336,19 @@ def test_live_cache_in_the_bytes(main):
     layer = 48 * (80 + 48 + 128) + 64 * 48 + 2 * 48
     weights = 4 * (3 * layer + 48 + 97 * 48)
     assert rows[0]["gb_per_step"] == pytest.approx((weights + 13 * 384) / 1e9, rel=1e-5)
+
+
+@pytest.mark.skipif(
+    not packs_linears(torch.device("cpu"), torch.float32, False),
+    reason="nothing is packed",
+)
+def test_packed_drafts_are_counted():
+    speculator = MLPSpeculator(SpeculatorArgs(64, 96, 2, 130, tie_weights=True))
+    before = [bench.head_weights(speculator, i) for i in (0, 1)]
+    pack_linears(speculator, exact=False)
+    after = [bench.head_weights(speculator, i) for i in (0, 1)]
+    for old, new, matrix in zip(before, after, (96 * (64 + 130), 96 * (96 + 130)), strict=True):
+        assert old.numbers <= new.numbers and matrix <= new.nbytes < old.nbytes  # a byte each
 
 
 def test_projected_column_and_no_split(main):

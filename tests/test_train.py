@@ -1,9 +1,9 @@
 """train.py: what the heads learn, that runs go on and repeat, that the result can be read."""
 
-import errno
 import itertools
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +12,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import END, STORY, TEMPLATE, run_main, save_story, story_ids, tiny_llama
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+import tokenizer
 import train
 from fastspec import LLM, Request, SamplingParams
 from model import load_model
@@ -199,17 +201,20 @@ def test_a_seed_repeats_the_run(target, prompts, whole, tmp_path):
     assert again.read_bytes() == (whole / "model.safetensors").read_bytes() != other.read_bytes()
 
 
-@pytest.mark.parametrize("step", [5, 11, 29, 40])
+@pytest.mark.parametrize(("step", "seconds"), [(5, 60), (11, 60), (29, 60), (40, 60), (38, 0)])
 def test_an_interrupted_training_goes_on_to_the_same_weights(
-    target, prompts, whole, tmp_path, monkeypatch, step, capsys
+    target, prompts, whole, tmp_path, monkeypatch, step, seconds, capsys
 ):
     monkeypatch.setattr(train, "LOG_EVERY", 10)
+    monkeypatch.setattr(train, "SAVE_SECONDS", seconds)
     with monkeypatch.context() as patch:
         stop_at(patch, step)
         assert run(target, prompts, tmp_path) == 130
     assert (
         capsys.readouterr().err.splitlines()[-1] == "train: interrupted; the same command goes on"
     )
+    if (kept := (step - 1) // 10 * 10 if seconds else step - 1) > 0:
+        assert torch.load(tmp_path / "state.pt", weights_only=True)["step"] == kept
     assert run(target, prompts, tmp_path) == 0
     name = "model.safetensors"
     assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
@@ -267,6 +272,29 @@ def test_text_stops_at_the_tokens_asked_for(target, prompts, tmp_path, monkeypat
     assert run(target, prompts, tmp_path, tokens=500, steps=1) == 0
 
 
+@pytest.mark.parametrize("answers", [3, 20, 33])
+def test_text_that_was_interrupted_is_the_same(target, prompts, tmp_path, monkeypatch, answers):
+    """With a limit, too: the first answers that reach it, not those that were done first."""
+    settings = {"tokens": 500, "max_new_tokens": 60}
+    whole, cut, loop = tmp_path / "whole", tmp_path / "cut", train.decode_loop
+    assert run(target, prompts, whole, **settings) == 0
+
+    def stopping(*args):
+        done = 0
+        for progress in loop(*args):
+            yield progress
+            if (done := done + progress.done) == answers:
+                raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "decode_loop", stopping)
+        assert run(target, prompts, cut, **settings) == 130
+    assert len(read_lines(cut / "text-0-of-1.jsonl")) == answers
+    assert run(target, prompts, cut, **settings) == 0
+    name = "model.safetensors"
+    assert (cut / name).read_bytes() == (whole / name).read_bytes()
+
+
 def test_code_is_cut_at_some_line():
     """A block of four lines: one, two and three of them, each after one of the instructions."""
     answers = {1: "So:\n```python\na\nb\nc\nd\n```\nand", 2: "no code", 3: "```x\none\n```"}
@@ -321,6 +349,8 @@ def test_no_prompt_of_its_own_is_like_an_evaluation_prompt(tmp_path):
     assert [row["prompt"] for row in read_lines(tmp_path / "p.jsonl")] == [texts[0], texts[2]]
     again = train.keep_prompts(llm, ["other"], tmp_path / "p.jsonl", set())
     assert [p.prompt for p in again] == [p.prompt for p in found] and len(found) == 2
+    with pytest.raises(ValueError, match=r"p.jsonl holds some of the evaluation prompts; choose"):
+        train.keep_prompts(llm, [], tmp_path / "p.jsonl", train.runs(texts[0]))
 
 
 def test_an_epoch_has_every_example_once(monkeypatch):
@@ -684,7 +714,32 @@ def test_a_target_without_a_chat_template(prompts, tmp_path, capsys):
 
 def test_other_settings_do_not_mix_with_what_is_there(target, prompts, whole, capsys):
     assert run(target, prompts, whole, seed=7) == 1
-    assert "was begun with seed 0, not 7; choose another --output" in last_line(capsys)
+    assert last_line(capsys).endswith("was begun with seed 0, not 7; choose another --output")
+    assert run(target, prompts, whole, steps=50) == 1
+    assert "delete its state.pt to train anew on its text" in last_line(capsys)
+
+
+def test_training_may_begin_anew_on_the_text(target, prompts, whole, tmp_path, monkeypatch):
+    """Under other settings of its own, as the error of a bad loss advises."""
+    assert run(target, prompts, tmp_path, learning_rate=1e30, batch_size=32) == 1
+    monkeypatch.setattr(train, "decode_loop", None)  # nothing is to be written
+    monkeypatch.setattr(train, "report", lambda *_: None)
+    assert run(target, prompts, tmp_path) == 0
+    name = "model.safetensors"
+    assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_a_template_may_write_the_date(target, prompts, tmp_path, monkeypatch):
+    """A run goes on on another day."""
+    dated, today = tmp_path / "target", ["1"]
+    shutil.copytree(target, dated)
+    (dated / "chat_template.jinja").write_text("{{ strftime_now('%d') }}" + TEMPLATE)
+    clock = SimpleNamespace(now=lambda: SimpleNamespace(strftime=lambda _: today[0]))
+    monkeypatch.setattr(tokenizer, "datetime", clock)
+    assert run(dated, prompts, tmp_path / "out", steps=1) == 0
+    (tmp_path / "out" / "state.pt").unlink()
+    today[0] = "2"
+    assert run(dated, prompts, tmp_path / "out", steps=1) == 0
 
 
 def test_a_full_disk_loses_nothing(target, prompts, whole, tmp_path, monkeypatch, capsys):
@@ -696,13 +751,21 @@ def test_a_full_disk_loses_nothing(target, prompts, whole, tmp_path, monkeypatch
         calls.append(1)
         if len(calls) == 3:
             Path(file).write_bytes(b"half")
-            raise OSError(errno.ENOSPC, "No space left on device")
+            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 9 vs 8")
         save(state, file)
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", full)
         assert run(target, prompts, tmp_path) == 1
-    assert "No space left on device" in last_line(capsys)
+    assert "state.pt cannot be written; is the disk full? ([enforce fail" in last_line(capsys)
+
+    def no_room(*_, **__):
+        raise SafetensorError("Error while serializing: No space left on device (os error 28)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "save_torch_state_dict", no_room)
+        assert run(target, prompts, tmp_path) == 1
+    assert "train: Error while serializing: No space left" in last_line(capsys)
     assert run(target, prompts, tmp_path) == 0
     name = "model.safetensors"
     assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
