@@ -268,7 +268,6 @@ class Case(LLM):
     def __init__(self, options: argparse.Namespace, *args, **kwargs):
         if torch.cuda.is_available():
             torch._dynamo.reset()  # frees the graphs of the case before
-            torch._dynamo.config.recompile_limit = 64  # one step function serves all modes
         super().__init__(*args, **kwargs)
         self.options, self.modes = options, [(0, 0, ())]  # k, nodes of a tree, children in it
         if self.k:
@@ -671,7 +670,8 @@ def run(args: argparse.Namespace, ranks, root: str) -> None:
     config = {"model": speculator, "num_speculative_tokens": args.num_draft_tokens, "tree": 0}
     config["draft_dtype"] = args.draft_dtype or "auto"
     config["draft_tensor_parallel_size"] = args.draft_tensor_parallel_size or 1
-    target = fastspec.demo_checkpoint() if target in (None, fastspec.DEMO) else target
+    if target is None or (target == fastspec.DEMO and not args.checkpoint):
+        target = fastspec.demo_checkpoint()
     models = (target, config if speculator else None)
     where = {"dtype": args.dtype, "device": args.device, "load": False}
     size = 1 if ranks is None else ranks.size

@@ -22,7 +22,7 @@ import time
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -59,12 +59,14 @@ MAX_STOP_IDS = 16
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to choose the tokens of one request. Names and defaults are vLLM's.
+    """How to choose the tokens of one request. Names and defaults are vLLM's; a checkpoint's
+    generation_config.json changes none of them.
 
     temperature 0 is greedy; top_k 0 (or -1) and top_p 1 keep every token; min_p keeps tokens of
     at least that share of the likeliest one's probability. max_tokens None means as many as fit,
-    seed None a fresh one. `stop` strings end the text and are left out of it; `stop_token_ids` end
-    it as the model's own end-of-sequence ids do, which `ignore_eos` switches off.
+    seed None (or -1) a fresh one. `stop` strings end the text and are left out of it;
+    `stop_token_ids` end it as the model's own end-of-sequence ids do, which `ignore_eos` switches
+    off.
     """
 
     temperature: float = 1.0
@@ -86,6 +88,8 @@ class SamplingParams:
         return super().__new__(cls)
 
     def __post_init__(self):
+        for f in fields(self):
+            object.__setattr__(self, f.name, as_number(getattr(self, f.name)))
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         stop_ids = self.stop_token_ids or []
         length, seed = self.max_tokens, self.seed
@@ -93,7 +97,7 @@ class SamplingParams:
         ids = is_list(stop_ids) and all(is_integer(t, 0) for t in stop_ids)
         for name, good, range_ in (
             ("temperature", is_number(self.temperature, 0, 1e6), "a number from 0 to 1e6"),
-            ("top_p", is_number(self.top_p, 0, 1) and self.top_p > 0, "above 0, at most 1"),
+            ("top_p", is_number(self.top_p, 1e-37, 1), "above 0, at most 1"),  # in float32
             ("min_p", is_number(self.min_p, 0, 1), "a number from 0 to 1"),
             ("top_k", is_integer(self.top_k, -1), "an integer; 0 or -1 keeps all"),
             ("max_tokens", length is None or is_integer(length, 1), "an integer above 0, or None"),
@@ -106,6 +110,7 @@ class SamplingParams:
                 value = getattr(self, name)
                 raise ValueError(f"SamplingParams: {name} {value!r} is out of range: {range_}")
         object.__setattr__(self, "top_k", max(self.top_k, 0))
+        object.__setattr__(self, "seed", None if seed == -1 else seed)
         object.__setattr__(self, "stop", tuple(stop))
         object.__setattr__(self, "stop_token_ids", tuple(stop_ids))
 
@@ -116,6 +121,11 @@ def is_integer(x, least: float, most: float = 2**31 - 1) -> bool:
 
 def is_number(x, least: float, most: float) -> bool:
     return isinstance(x, (int, float)) and not isinstance(x, bool) and least <= x <= most
+
+
+def as_number(x):
+    """x, or the number of Python's that it is, if it is one of numpy's or torch's."""
+    return x.item() if hasattr(x, "item") else x
 
 
 def is_list(x) -> bool:
@@ -225,7 +235,7 @@ PREFILL_SIZES = (64, 256, 1024)  # tokens of one prompt at once
 PREFILL_TOKENS = 8192  # computed together in one eager prefill, padding included; or if more:
 PREFILL_PER_ROW = 16  # this many times the batch size
 LIKELY = 0.3  # joint probability of drafts after which one more is worth its time on a CPU
-HEADER = 4  # columns of a result before its tokens: request, tokens emitted, accepted, done
+HEADER = 3  # columns of a result before its tokens: tokens emitted, accepted, done
 
 
 def lineage(parent: Tensor, deepest: int) -> tuple[Tensor, Tensor]:
@@ -336,7 +346,6 @@ class Engine(nn.Module):
             "length": torch.ones(batch_size, **ints),
             "hidden": weight.new_zeros(batch_size, model.args.dim),  # that chose the last token
             "done": torch.ones(batch_size, dtype=torch.bool, device=weight.device),  # or empty
-            "request": torch.full((batch_size,), -1, **ints),  # whose row it is
             "temperature": torch.zeros(batch_size, **floats),
             "top_p": torch.ones(batch_size, **floats),
             "min_p": torch.zeros(batch_size, **floats),
@@ -352,6 +361,8 @@ class Engine(nn.Module):
         for name, tensor in state.items():
             self.register_buffer(name, tensor, persistent=False)
         if compiled:
+            # Of one function in a process: each engine compiles it up to four times.
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
             self.compiled_step = torch.compile(
                 self.decode_step, mode="reduce-overhead", fullgraph=True, dynamic=False
             )
@@ -539,7 +550,7 @@ class Engine(nn.Module):
         rows = torch.arange(len(where), device=where.device)[:, None]
         result = nn.functional.pad(sampled, (HEADER, 0))
         column = torch.arange(result.shape[1], device=where.device)
-        for i, part in enumerate((self.request, emitted, accepted, done)):  # cat: a kernel each
+        for i, part in enumerate((emitted, accepted, done)):  # cat: a kernel each
             result = torch.where(column == i, part[:, None], result)
         self.tokens[rows, where] = sampled  # beyond the new length: dead. scatter_ copies it all
         self.hidden.copy_(torch.where(emitted[:, None] > 0, chosen, self.hidden))
@@ -550,9 +561,7 @@ class Engine(nn.Module):
     # what the host calls
 
     @torch.inference_mode()
-    def prefill(
-        self, rows: Sequence[int], numbers: Sequence[int], requests: Sequence[Request]
-    ) -> None:
+    def prefill(self, rows: Sequence[int], requests: Sequence[Request]) -> None:
         """Put requests into rows. All of a prompt but its last token is cached: the next step
         starts at that token and chooses the first one of the answer."""
         prompts = [torch.tensor(request.prompt) for request in requests]
@@ -560,7 +569,7 @@ class Engine(nn.Module):
             self.cached_prefix(row, prompt) if request.goes_on else 0
             for row, prompt, request in zip(rows, prompts, requests, strict=True)
         ]
-        self.set_rows(rows, numbers, requests, starts)
+        self.set_rows(rows, requests, starts)
         together: list[tuple[int, Tensor]] = []
         for row, prompt, start in zip(rows, prompts, starts, strict=True):
             if start or len(prompt) > PREFILL_SIZES[-1]:
@@ -583,20 +592,13 @@ class Engine(nn.Module):
         held = torch.arange(n, device=prompt.device) < self.length[row] - 1
         return int((held & (self.tokens[row, :n] == prompt)).long().cumprod(0).sum())
 
-    def set_rows(
-        self,
-        rows: Sequence[int],
-        numbers: Sequence[int],
-        requests: Sequence[Request],
-        starts: list[int],
-    ) -> None:
+    def set_rows(self, rows: Sequence[int], requests: Sequence[Request], starts: list[int]) -> None:
         """Sampling settings and limits of requests, into the state of their rows."""
         state: dict[str, Sequence] = {
             name: [getattr(request.params, name) for request in requests]
             for name in ("temperature", "top_p", "min_p", "top_k")
         }
         state["seed"] = [request.seed for request in requests]
-        state["request"] = numbers
         state["length"] = [start + 1 for start in starts]  # cached, should an interrupt end this
         ends = [len(r.prompt) + (r.params.max_tokens or self.max_seq_len) for r in requests]
         state["limit"] = [min(end, self.max_seq_len) for end in ends]
@@ -691,7 +693,7 @@ class Engine(nn.Module):
         if self.kv.is_cuda and not self.prefill_graphs:
             self.capture_prefill()
         params = SamplingParams(temperature=float(noisy), max_tokens=None)
-        self.prefill([0], [-1], [Request([0], params, 0, [])])
+        self.prefill([0], [Request([0], params, 0, [])])
         for _ in range(3):  # compile, capture, replay
             self.wait(self.step(noisy, filtered))
         self.stop_row(0)
@@ -744,7 +746,8 @@ def decode_loop(
     """Run requests through the engine's rows, refilling a row when its request ends.
 
     On a GPU one launch is always queued behind the one whose result is read, so it never waits for
-    the host. A result names its row's request: what a row emits after its request ended is dropped.
+    the host. A result is for those whose rows they were when it was launched: what a row emits
+    after its request ended is dropped.
     `requests` may be an iterator, read as rows come free, if `needs` says what `step_needs` would.
     """
     if engine.busy:
@@ -767,12 +770,12 @@ def decode_loop(
                 rows, free = free[: len(new)], free[len(new) :]
                 start = time.perf_counter()
                 running |= {row: (n, start) for row, n in zip(rows, numbers, strict=True)}
-                engine.prefill(rows, numbers, new)
+                engine.prefill(rows, new)
             in_flight.append((engine.step(noisy, filtered), list(running.items())))
             if len(in_flight) <= engine.ahead:
                 continue
             packet, rows = in_flight.popleft()
-            _, emitted, accepted, ended, *tokens = engine.wait(packet)
+            emitted, accepted, ended, *tokens = engine.wait(packet)
             now = time.perf_counter()
             for row, of in rows:
                 if running.get(row) is not of:
@@ -1234,10 +1237,11 @@ DEFAULT_MAX_SEQ_LEN = 8192
 def as_prompt_list(prompts) -> list:
     """One prompt or several, each text or token ids (also as tensors or arrays), as a list."""
     prompts = prompts.tolist() if hasattr(prompts, "tolist") else prompts
-    if isinstance(prompts, dict | bytes) or not isinstance(prompts, Iterable):
+    if isinstance(prompts, Mapping | bytes) or not isinstance(prompts, Iterable):
         raise ValueError(f"prompts are neither text nor token ids: {prompts!r}")
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     prompts = [p.tolist() if hasattr(p, "tolist") else p for p in prompts]
+    prompts = [[as_number(t) for t in p] if is_list(p) else as_number(p) for p in prompts]
     return [prompts] if prompts and is_integer(prompts[0], -(2**63), 2**63) else prompts
 
 
@@ -1679,9 +1683,12 @@ def llm_without_weights(args: argparse.Namespace, devices: int) -> LLM:
         speculative["top_k_tokens_per_head"] = args.top_k_tokens_per_head
         speculative["draft_dtype"] = args.draft_dtype or "auto"
         target = target or target_of(args.speculator, args.speculator_revision)
-    if target in (None, DEMO):
+    if target is None or (target == DEMO and not args.checkpoint):
         target = demo_checkpoint()
-    rows = 8 if args.prompts else 1 if args.interactive else min(len(args.prompt or [""]), 8)
+    rows = 1 if args.interactive else min(len(args.prompt or [""]), 8)
+    if args.prompts:
+        with open(args.prompts, "rb") as lines:
+            rows = max(1, len(list(islice(filter(bytes.strip, lines), 8))))
     return LLM(
         target,
         speculative,
@@ -1844,6 +1851,8 @@ def converse(llm: LLM, params: SamplingParams, first: list[str]) -> Iterator[Req
     print("fastspec: Ctrl-C stops an answer; /reset starts over; Ctrl-D leaves", file=sys.stderr)
     messages: list[dict] = []
     for turn in read_turns(first):
+        if turn.strip() == "/exit":
+            return
         if turn.strip() == "/reset":
             messages = []
             continue
@@ -1868,7 +1877,7 @@ def converse(llm: LLM, params: SamplingParams, first: list[str]) -> Iterator[Req
 
 
 def read_turns(first: list[str]) -> Iterator[str]:
-    """Turns until the input ends or one is /exit; those given, then lines of standard input."""
+    """Turns until the input ends: those given, then lines of standard input."""
     yield from first
     with suppress(ImportError):
         import readline  # noqa: F401 (gives `input` line editing)
@@ -1880,8 +1889,6 @@ def read_turns(first: list[str]) -> Iterator[str]:
             print(file=sys.stderr)
             continue
         except EOFError:
-            return
-        if turn.strip() == "/exit":
             return
         if turn.strip():
             yield turn

@@ -172,7 +172,7 @@ def _flag(config: dict, key: str, default: bool = False) -> bool:
 
 def _read_rope(config: dict) -> tuple[float, RopeScaling | None]:
     """Theta and scaling, from `rope_theta` + `rope_scaling` or from the newer `rope_parameters`."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(rope, dict):
         raise ValueError(f"config.json: rope parameters must be an object, found {rope!r}")
     theta = _number(config | rope, "rope_theta", 10000.0, float)
@@ -494,6 +494,15 @@ def load_model(
     with torch.device("meta"):
         whole, model = Transformer(args), Transformer(local_args or args).to(dtype)
     found = map_weights(directory)
+    if args.tie_embeddings and "lm_head.weight" in found:
+        file, head = found["lm_head.weight"]
+        name = HF_NAMES[args.model_type]["embed"][0] + ".weight"
+        _, embed = found.setdefault(name, (file, head))  # stored once, under either name
+        if not torch.equal(head, embed.to(head.dtype)):
+            raise ValueError(
+                f"{file}: lm_head.weight differs from {name}, to which config.json ties it; set "
+                "tie_word_embeddings to false"
+            )
     check_weights(directory, found, hf_tensors(whole), args)
     if args.tie_embeddings:
         del model.output.weight  # to_empty would give it memory of its own

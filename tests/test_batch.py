@@ -32,7 +32,7 @@ def share_of_work(engine, lengths):
         nonlocal steps, tokens
         packet = step(*flags)
         if requests:
-            steps, tokens = steps + 1, tokens + int(engine.result[:, 1].sum())
+            steps, tokens = steps + 1, tokens + int(engine.result[:, 0].sum())
         return packet
 
     engine.step = counting

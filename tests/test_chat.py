@@ -410,6 +410,7 @@ def test_prompts_are_the_first_turns(capsys, talking, asked, typed):
     argv = ["--checkpoint", talking, "--interactive", "--max-new-tokens", 2]
     assert printed(capsys, *argv, "--prompt", "a", "b") == " one two\n" * 3
     assert asked[-1][::2] == [user("a"), user("b"), user("last")]
+    assert printed(capsys, *argv, "--prompt", "a", "/exit", "b") == " one two\n"
 
 
 def test_reset_starts_over(capsys, talking, asked, typed):

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import UserDict
 from pathlib import Path
 
 import huggingface_hub
@@ -148,7 +149,7 @@ def test_seeds(dirs, speculative, temperature):
     assert two(3)[0] == two(3)[1]
     assert (two(None)[0] == two(None)[1]) is (temperature == 0)
     assert (two(3) == two(4)) is (temperature == 0)
-    for seed in (-1, 2**63 - 1, 2**70):
+    for seed in (-2, 2**63 - 1, 2**70):
         assert two(seed) == two(seed)
 
 
@@ -660,6 +661,28 @@ def test_without_arguments_the_demo_checkpoint_answers(
         assert "no speculator: plain decoding" in err
 
 
+def test_a_hub_id_that_is_named_is_that_of_the_hub(dirs, monkeypatch, capsys):
+    """Also the demo model's, which has a copy elsewhere."""
+    asked = []
+    monkeypatch.setattr(fastspec, "demo_checkpoint", lambda: asked.append("demo"))
+    monkeypatch.setattr(
+        fastspec, "local_checkpoint", lambda name, *_: asked.append(name) or dirs.story
+    )
+    assert printed(capsys, "--checkpoint", fastspec.DEMO, "--prompt", "Q") == STORY + "\n"
+    assert asked == [fastspec.DEMO]
+
+
+@pytest.mark.parametrize("rows", [1, 3, 11])
+def test_a_file_of_few_prompts_takes_few_rows(dirs, monkeypatch, tmp_path, capsys, rows):
+    (tmp_path / "in.jsonl").write_text('{"prompt": "Q"}\n\n' * rows)
+    made, engine = [], fastspec.Engine.__init__
+    spy = lambda *a, **k: made.append(k["batch_size"]) or engine(*a, **k)  # noqa: E731
+    monkeypatch.setattr(fastspec.Engine, "__init__", spy)
+    argv = ["--prompts", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl"]
+    printed(capsys, "--checkpoint", dirs.story, *argv)
+    assert made == [min(rows, 8)]
+
+
 bundle = pytest.mark.skipif(not fastspec.BUNDLED.is_dir(), reason="no speculator is bundled yet")
 
 
@@ -900,7 +923,8 @@ def test_a_torch_device_is_a_device(dirs):
 
 
 def test_a_dict_is_not_taken_for_its_keys(llms):
-    for prompts in ({"prompt": "Once"}, b"Once"):
+    encoding = UserDict({"input_ids": [5, 6], "attention_mask": [1, 1]})  # as of transformers
+    for prompts in ({"prompt": "Once"}, b"Once", encoding):
         with pytest.raises(ValueError, match=r"^prompts are neither text nor token ids: "):
             llms["plain"].generate(prompts)
 
@@ -919,6 +943,20 @@ def test_an_error_in_a_config_says_whose_it_is(dirs, tmp_path, wrong):
 def test_weights_that_are_not_loaded_are_asked_for(dirs):
     with pytest.raises(ValueError, match=r"^the weights are not loaded: call load\(\) first$"):
         LLM(dirs.story, device="cpu", load=False).generate("Once")
+
+
+def test_numbers_of_numpy_and_torch_are_numbers(llms):
+    plain, given = {"seed": 3, "temperature": 0.5, "top_p": 0.75, "top_k": 7}, np.array([5, 6, 7])
+    params = SamplingParams(**plain)
+    for array in (np.array, torch.tensor):
+        settings = {name: array(value)[()] for name, value in plain.items()}
+        assert SamplingParams(**settings) == params
+    outputs = [
+        llms["plain"].generate(prompts, params)[0].outputs[0].token_ids
+        for prompts in ([5, 6, 7], given, list(given), [list(given)], list(torch.tensor([5, 6, 7])))
+    ]
+    assert outputs == [outputs[0]] * 5
+    assert SamplingParams(seed=-1).seed is None  # as vLLM takes it
 
 
 def test_requests_may_come_from_a_generator(llms):

@@ -61,6 +61,14 @@ def engine_for(model, speculator=None, k=3, **options):
     return engine
 
 
+def test_many_engines_may_compile(llama_dir, monkeypatch):
+    """The same function, each of them four times at most: torch would stop at the ninth."""
+    monkeypatch.setattr(torch, "compile", lambda step, **_: step)
+    with torch._dynamo.config.patch(recompile_limit=8):
+        Engine(load_model(llama_dir), compiled=True)
+        assert torch._dynamo.config.recompile_limit >= 64
+
+
 def run(engine, prompts, params=None, stop_ids=(), seed=0):
     """Token ids of each prompt, and each one's count of decode steps and accepted drafts."""
     params = params or SamplingParams(temperature=0, max_tokens=NEW)
@@ -309,7 +317,7 @@ def test_the_first_step_drafts_from_the_state_before_the_prompts_last_token(
     for more in ([], [50, 51, 52]):
         prompts = [[*prompt, *more] for prompt in PROMPTS]
         requests = [Request(p, params, 0, [], goes_on=bool(more)) for p in prompts]
-        engine.prefill(range(5), range(5), requests)
+        engine.prefill(range(5), requests)
         for prompt, found in zip(prompts, engine.hidden, strict=True):
             with torch.inference_mode():
                 cached = torch.tensor([prompt[: max(len(prompt) - 1, 1)]])

@@ -69,7 +69,7 @@ def compiled_so_far():
 def test_step_is_a_single_graph_replay(engine, noisy):
     params = SamplingParams(temperature=0.8 * noisy, top_p=0.9, max_tokens=500)
     engine.warm_up(noisy, int(noisy))
-    engine.prefill([0], [0], [Request(prompt(20), params, 0, [])])
+    engine.prefill([0], [Request(prompt(20), params, 0, [])])
     assert launches(engine, noisy) == {"cudaGraphLaunch": 5}
     assert compiled_so_far() == (1, 0, 1)
 
@@ -95,8 +95,8 @@ def test_a_prefill_of_fresh_rows_never_waits_for_the_device(engine, lengths):
     requests = [Request(prompt(length), params, 0, []) for length in lengths]
     torch.cuda.set_sync_debug_mode("error")
     try:
-        engine.prefill([0, 1], [0, 1], requests)
-        engine.prefill([1], [2], requests[:1])
+        engine.prefill([0, 1], requests)
+        engine.prefill([1], requests[:1])
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert engine.length.tolist() == [lengths[0], lengths[0]]

@@ -180,6 +180,10 @@ ROPE_STYLES = {
     "theta_outside": {"rope_parameters": {"rope_type": "llama3", **LLAMA3}, "rope_theta": 5e5},
     "rope_scaling": {"rope_scaling": {"rope_type": "llama3", **LLAMA3}, "rope_theta": 5e5},
     "type": {"rope_scaling": {"type": "llama3", **LLAMA3}, "rope_theta": 5e5},
+    "both": {  # as when rope_scaling is written into a newer config
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
+        "rope_scaling": {"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3},
+    },
 }
 
 
@@ -188,6 +192,8 @@ def test_every_style_of_rope_config_equals_transformers(style, tmp_path):
     theirs = tiny_llama(tmp_path, **PARITY["llama3"])
     edit_json(tmp_path / "config.json", lambda config: config.pop("rope_parameters"))
     edit_json(tmp_path / "config.json", lambda config: config.update(ROPE_STYLES[style]))
+    if style == "both":
+        theirs = type(theirs).from_pretrained(tmp_path, dtype=torch.float32).eval()
     tokens = random_tokens(1, 48)
     with torch.no_grad():
         expected = theirs(tokens).logits
@@ -549,14 +555,27 @@ def test_old_inv_freq_tensors_are_tolerated(copy, tiny):
     assert_same_weights(load_model(copy), tiny)
 
 
-def test_lm_head_of_a_tied_checkpoint_is_tolerated_and_not_used(tmp_path):
-    tiny_llama(tmp_path, tie_word_embeddings=True)
+@pytest.mark.parametrize("tiny", [tiny_llama, tiny_gpt_bigcode])
+def test_a_tied_checkpoint_may_hold_either_name_or_both(tmp_path, tiny):
+    """Of one matrix: with two that differ, which of them counts is for the user to say."""
+    tiny(tmp_path, **({"tie_word_embeddings": True} if tiny is tiny_llama else {}))
     alone = load_model(tmp_path)
-    extra = {"lm_head.weight": torch.ones(97, 48)}
-    edit_tensors(tmp_path, lambda tensors: tensors.update(extra))
-    model = load_model(tmp_path)
-    assert_same_weights(model, alone)
-    assert model.output.weight.data_ptr() == model.embed.weight.data_ptr()
+    (name,) = (
+        name
+        for name in load_file(tmp_path / "model.safetensors")
+        if name.endswith(("embed_tokens.weight", "wte.weight"))
+    )
+    edit_tensors(tmp_path, lambda t: t.update({"lm_head.weight": t[name].clone()}))
+    for only_head in (False, True):
+        if only_head:
+            edit_tensors(tmp_path, lambda t: t.pop(name))
+        model = load_model(tmp_path)
+        assert_same_weights(model, alone)
+        assert model.output.weight.data_ptr() == model.embed.weight.data_ptr()
+    edit_tensors(tmp_path, lambda t: t.update({name: t["lm_head.weight"] + 1}))
+    words = f"lm_head.weight differs from {name}, to which config.json ties it; set tie_word_embedd"
+    with pytest.raises(ValueError, match=re.escape(words)):
+        load_model(tmp_path)
 
 
 def test_memory_is_taken_once_for_each_parameter(tmp_path, monkeypatch):
