@@ -496,8 +496,9 @@ CEILING = """\
 model {model}, speculator {speculator}, torch {torch}"""
 LEGEND = """\
 ms/step = draft + verify + rest (alone, where timed); tok/s of one sequence while it decodes, total
-of all with their prefill; floor in ms, share = floor / step (a CPU leaves out unlikely drafts, the
-floor counts all); ttft in ms; peak GB of the first device, with the caches of all modes in memory.
+of all with their prefill; floor in ms, share = floor / step (a CPU leaves out unlikely drafts;
+draft, verify and floor count all); ttft in ms; peak GB of the first device, with the caches of all
+modes in memory. Tokens per step depend on the text: --prompts FILE has yours.
 load {load_s:.1f} s, compile and capture {compile_s:.1f} s ({compiled_graphs} graphs not in a cache)
 """
 
@@ -506,7 +507,8 @@ def table_line(columns: list, row: dict | None = None) -> str:
     """A row, or the titles. `rest` is choosing what to accept, committing it, the host's part."""
     if row is not None:
         parts = row["draft_ms"], row["verify_ms"]
-        row = row | {"rest_ms": None if None in parts else row["ms_per_step"] - sum(parts)}
+        rest = None if None in parts else row["ms_per_step"] - sum(parts)
+        row = row | {"rest_ms": rest if rest is None or rest >= 0 else None}  # not all was drafted
     cells = []
     for title, key, form in columns:
         value = title if row is None else row[key]
@@ -582,7 +584,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--draft-dtype", choices=["auto", "int8"], help="int8: matrices in 8 bits (auto)")
     add("--draft-tensor-parallel-size", type=int, help="ranks that share the speculator (1)")
     add("--batch", type=counts, default=[1], help="rows decoded together, as 1,4,16 (1)")
-    add("--prompt-len", type=counts, help="tokens per prompt, as 128,2048 (128)")
+    text = "tokens per prompt, of README.md's text, as 128,2048 (128)"
+    add("--prompt-len", type=counts, help=text)
     add("--prompts", metavar="FILE", help="JSON lines with prompt or messages, and sampling fields")
     add("--rounds", type=int, default=3, help="of every mode, after a short one of warm-up (3)")
     add("--max-new-tokens", type=int, default=64, help="tokens per answer (64)")
@@ -601,14 +604,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--json", metavar="FILE", help="where the document of the last line goes, too")
     args = parser.parse_args(argv)
     if not (args.checkpoint or args.speculator or args.shape) and fastspec.BUNDLED.is_dir():
-        args.checkpoint, args.speculator = fastspec.DEMO, str(fastspec.BUNDLED)
+        args.speculator = str(fastspec.BUNDLED)
     return args
 
 
 def counts(text: str) -> list[int]:
     values = fastspec.integers(text)
     if min(values) < 1:
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers above 0, such as 4,8")
     return values
 
 

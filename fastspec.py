@@ -1563,7 +1563,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def integers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        message = f"{text!r} is no list of integers, such as 4,3,2"
+        raise argparse.ArgumentTypeError(message) from None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -1706,6 +1710,8 @@ def llm_without_weights(args: argparse.Namespace, devices: int) -> LLM:
 def target_of(speculator: str, revision: str | None) -> str:
     """The target that a speculator's config names, or that is known by the speculator's name."""
     config = read_json(local_checkpoint(speculator, revision) / "config.json")
+    if (kind := config.get("model_type")) != "mlp_speculator":
+        raise ValueError(f"{speculator}: its model_type is {kind!r}, that of no speculator")
     target = config.get("base_model_name_or_path") or TARGETS.get(Path(speculator).name)
     if not isinstance(target, str):
         raise ValueError(f"{speculator}: its config.json does not name a target; give --checkpoint")

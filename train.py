@@ -73,6 +73,12 @@ def read_prompts(llm: LLM, files: list, least: int = 1) -> list[Request]:
     return random.Random(0).sample(list(found.values()), len(found))
 
 
+def new_bar(*args, **options) -> tqdm:
+    """A bar of the first process; in a log it moves once a minute."""
+    seconds = 0.1 if sys.stderr.isatty() else 60
+    return tqdm(*args, mininterval=seconds, disable=int(os.environ.get("RANK", 0)) > 0, **options)
+
+
 def asked(prompts: list[Request], temperatures: list[float], args: Namespace) -> list[Request]:
     """Every prompt at each temperature, each with a seed of its own."""
     pairs = [(prompt, temperature) for prompt in prompts for temperature in temperatures]
@@ -100,7 +106,7 @@ def write_text(engine: Engine, requests: list[Request], file: Path, most=math.in
 
     needs = (True, False)  # greedy requests, too: one captured step writes all of the text
     steps = decode_loop(engine, taken(), needs) if todo else ()  # else there is nothing to capture
-    bar = tqdm(total=len(requests), initial=len(done), desc=file.stem, unit="row", disable=None)
+    bar = new_bar(total=len(requests), initial=len(done), desc=file.stem, unit="row")
     with bar, open(file, "a", buffering=1) as out:  # a kill loses no whole line
         for progress in steps:
             answers[progress.request] += progress.tokens
@@ -408,9 +414,9 @@ def train(args: Namespace, target: Transformer, losses: HeadLosses, texts: list,
     start, rows, seen = state.get("step", 0), state.get("rows", []), 0
     clock = time.perf_counter()
     examples = batches(target, texts, n, args, start)
-    steps, quiet = range(start + 1, args.steps + 1), args.rank > 0 or None
+    steps = range(start + 1, args.steps + 1)
     mixed = held_out.hidden.dtype != torch.float32
-    bar = tqdm(steps, total=args.steps, initial=start, desc="training", disable=quiet)
+    bar = new_bar(steps, total=args.steps, initial=start, desc="training")
     for step in bar:
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
@@ -547,11 +553,11 @@ def parse_arguments(argv: list[str] | None) -> Namespace:
     add("--tie-weights", action=flag, default=True, help="one set of weights for all heads")
     add("--scale-input", action=flag, default=True, help="normalise the target's hidden state")
     add("--draft-vocab-size", type=int, help="draft only so many, the most frequent, tokens")
-    add("--emb-rank", type=int, help="of how the others' embeddings differ; 0: share one (32)")
+    add("--emb-rank", type=int, help="in which undrafted tokens' embeddings differ; 0: not (32)")
     add("--own-prompts", type=int, default=2, help="that the target adds to each given one (2)")
     add("--max-new-tokens", type=int, default=256, help="tokens per answer (256)")
     add("--tokens", type=int, help="of text at most; unset: answer all prompts")
-    add("--rows", type=int, help="answers written together; unset: as a GPU's memory allows")
+    add("--rows", type=int, help="answers written together; unset: as a GPU's memory allows, or 64")
     add("--steps", type=int, default=10000, help="training steps (10000)")
     add("--batch-size", type=int, default=8192, help="positions per step and GPU (8192)")
     add("--learning-rate", type=float, default=3e-3, help="its peak (0.003)")
@@ -565,6 +571,8 @@ def parse_arguments(argv: list[str] | None) -> Namespace:
         if (value := getattr(args, name)) is not None and value < least:
             option = f"--{name.replace('_', '-')}"
             raise ValueError(f"{option} {value} is out of range: at least {least}")
+    if not 0 < args.learning_rate < math.inf:
+        raise ValueError(f"--learning-rate {args.learning_rate:g} is out of range: above 0")
     args.world = int(os.environ.get("WORLD_SIZE", 1))
     args.rank = int(os.environ.get("RANK", 0))
     if args.world > 1 and not args.device and torch.cuda.is_available():

@@ -399,6 +399,11 @@ def test_a_speculator_alone_that_names_no_target_is_one_line(capsys, copy, base)
     assert_one_line(result, f"{speculator}: its config.json does not name a target; give --check")
 
 
+def test_a_target_is_not_taken_for_a_speculator(capsys, dirs):
+    result = run_main(capsys, "--speculator", dirs.story)
+    assert_one_line(result, f"{dirs.story}: its model_type is 'llama', that of no speculator")
+
+
 def test_the_checkpoint_that_is_given_counts(capsys, dirs, copy):
     speculator = copy("right", config={"base_model_name_or_path": "org/other"})
     argv = ["--checkpoint", dirs.story, "--speculator", speculator, "--prompt", "Q"]

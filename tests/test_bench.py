@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_model import BASES
+from test_model import BASES, edit_json
 from test_speculator import PUBLISHED
 
 import bench
@@ -442,14 +443,34 @@ def test_files_and_plot(main, tmp_path):
 
 
 @pytest.mark.parametrize("bundled", [False, True])
-def test_without_arguments_the_demo_model(main, dirs, monkeypatch, bundled):
+def test_without_arguments_the_demo_model(main, dirs, monkeypatch, tmp_path, bundled):
     monkeypatch.setattr(bench.fastspec, "demo_checkpoint", lambda: dirs.story)
-    speculator = str(dirs.right) if bundled else None
     if bundled:
-        monkeypatch.setattr(bench.fastspec, "BUNDLED", dirs.right)
+        monkeypatch.setattr(bench.fastspec, "BUNDLED", shutil.copytree(dirs.right, tmp_path / "s"))
+        named = lambda config: config.update(base_model_name_or_path=bench.fastspec.DEMO)  # noqa: E731
+        edit_json(tmp_path / "s" / "config.json", named)
     _, document, rows = main("--prompt-len", 20)
     assert [row["mode"] for row in rows] == ["plain", "chain"][: 1 + bundled]
+    speculator = str(tmp_path / "s") if bundled else None
     assert (document["model"], document["speculator"]) == ("story", speculator)
+
+
+@pytest.mark.parametrize("values", ["0", "4,x", ""])
+def test_what_is_no_list_of_numbers(capsys, values):
+    with pytest.raises(SystemExit):
+        bench.main(["--shape", "tiny", "--tree", values])
+    assert f"--tree: {values!r} is no list of " in capsys.readouterr().err
+
+
+def test_parts_longer_than_the_step_leave_no_rest():
+    """As on a CPU, whose steps leave out unlikely drafts."""
+    row = make_row(12.5, 50, 20, 4) | {"batch": 1, "prompts": "x", "temperature": 0}
+    bench.compare([row], random=False, assumed=None)
+    shown = [
+        bench.table_line(bench.COLUMNS, row | {"draft_ms": 2.0, "verify_ms": ms}).split()[8]
+        for ms in (10.0, 11.0)
+    ]
+    assert shown == ["0.500", "-"]
 
 
 ERRORS = {

@@ -676,6 +676,12 @@ def test_options_out_of_range(target, prompts, tmp_path, capsys, option):
     assert last_line(capsys) == f"train: --{option} 0 is out of range: at least 1"
 
 
+@pytest.mark.parametrize("rate", ["0", "-1", "nan", "inf"])
+def test_learning_rates_out_of_range(target, prompts, tmp_path, capsys, rate):
+    assert run(target, prompts, tmp_path / "out", learning_rate=rate) == 1
+    assert last_line(capsys) == f"train: --learning-rate {rate} is out of range: above 0"
+
+
 def test_a_draft_vocabulary_larger_than_the_whole(target, prompts, tmp_path, capsys):
     assert run(target, prompts, tmp_path / "out", draft_vocab_size=401) == 1
     assert "draft_vocab_size must be an integer of 1 to 400, found 401" in last_line(capsys)
