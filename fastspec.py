@@ -362,7 +362,7 @@ class Engine(nn.Module):
             self.register_buffer(name, tensor, persistent=False)
         if compiled:
             # Of one function in a process: each engine compiles it up to four times.
-            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
             self.compiled_step = torch.compile(
                 self.decode_step, mode="reduce-overhead", fullgraph=True, dynamic=False
             )

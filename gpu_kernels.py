@@ -24,6 +24,7 @@ V vocabulary.
 """
 
 import functools
+import itertools
 import weakref
 from collections.abc import Sequence
 
@@ -440,7 +441,7 @@ def attention(
     """
     _, B, K, S, E = kv.shape
     N, G = ancestors.shape[-1], n_heads // K
-    tiles, width = B * K * triton.cdiv(N * G, QUERIES), triton.next_power_of_2(E)
+    tiles, width = B * K * triton.cdiv(N * G, QUERIES), max(16, triton.next_power_of_2(E))
     parts = max(1, min(PARTS, PROGRAMS // tiles, triton.cdiv(S + N, SPLIT)))
     shared, floats = parts > 1, {"dtype": torch.float32}
     part = qkv.new_empty(tiles, parts, QUERIES, width, **floats) if shared else None
@@ -655,12 +656,13 @@ def fits(args, tokens: int) -> bool:
 # an operation with all their weights. So all layers are one operation, which knows its model by a
 # number.
 models: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
+numbers = itertools.count(1)  # none again: a CUDA graph holds where the weights of its model were
 
 
 def enroll(model: nn.Module) -> None:
     """Let `forward` take a model. Its number stays, or what is compiled for it would be again."""
     if models.get(getattr(model, "number", 0)) is not model:  # a copy has that of its original
-        model.number = max(models, default=0) + 1
+        model.number = next(numbers)
         models[model.number] = model
 
 

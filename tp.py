@@ -237,6 +237,11 @@ class Ranks:
     """The processes that share a model, seen from one of them."""
 
     def __init__(self, store: dist.Store, rank: int, size: int, workers: Workers | None = None):
+        self.workers = workers or {}  # those that this rank 0 has started
+        self.ended: str | None = None  # why, once they have
+        self.waiting = True  # for the other ranks, perhaps
+        if self.workers:
+            threading.Thread(target=self.watch, daemon=True).start()
         gpus = torch.cuda.is_available() and size > 1
         options = {"store": store, "rank": rank, "world_size": size, "timeout": NO_TIMEOUT}
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", **options)
@@ -248,13 +253,9 @@ class Ranks:
         # own: the others' waiting would lock out NCCL.
         self.commands = store.clone()
         self.commands.set_timeout(NO_TIMEOUT)
-        self.workers = workers or {}  # those that this rank 0 has started
-        self.ended: str | None = None  # why, once they have
-        self.waiting = False  # for the other ranks, perhaps
         # What keeps memory of other ranks here, None where it could not be set up.
         self.shared: dict[torch.dtype, object] = {}
-        if self.workers:
-            threading.Thread(target=self.watch, daemon=True).start()
+        self.waiting = False
 
     # in the step, on the device
 
@@ -497,9 +498,11 @@ def lost(workers: Workers, seconds: float = 0) -> str | None:
     """What is known of a worker that has ended, or does so within some seconds."""
     end = time.monotonic() + seconds
     while True:
-        for rank, (process, stderr) in workers.items():
-            if (code := process.poll()) is not None:
-                return f"rank {rank} has ended with {code}: {last_line(stderr)}"
+        codes = {rank: process.poll() for rank, (process, _) in workers.items()}
+        if ended := {rank: code for rank, code in codes.items() if code is not None}:
+            # A killed one (below 0) first: the others end because it is gone.
+            rank = min(ended, key=lambda rank: (ended[rank] == 0, ended[rank]))
+            return f"rank {rank} has ended with {ended[rank]}: {last_line(workers[rank][1])}"
         if time.monotonic() >= end:
             return None
         time.sleep(0.05)

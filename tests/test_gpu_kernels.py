@@ -1,5 +1,6 @@
 """The Triton kernels against their plain equivalents: on a GPU, else in Triton's interpreter."""
 
+import gc
 from copy import deepcopy
 from functools import partial
 
@@ -73,6 +74,7 @@ def attention_inputs(B, N, H, K, E, S, cached, dtype=torch.float32, seed=0, tree
         (1, 5, 48, 1, 128, 70, [66]),  # 240 query rows on one KV head, as in granite-20b-code
         (1, 3, 2, 1, 16, 1300, [1240]),  # more splits than programs
         (33, 1, 8, 8, 16, 70, range(33)),  # more heads than programs
+        (1, 4, 8, 4, 8, 70, [60]),  # narrower than a matrix instruction is deep
     ],
 )
 def test_attention_equals_plain(B, N, H, K, E, S, cached):
@@ -335,6 +337,11 @@ def test_a_model_keeps_its_number_and_a_copy_gets_another():
     enroll(model), enroll(copied)
     assert model.number == number != copied.number
     assert gpu_kernels.models[number] is model and gpu_kernels.models[copied.number] is copied
+    before = copied.number
+    del model, copied
+    gc.collect()
+    enroll(model := Transformer(ModelArgs(64, 1, 1, 1, 64, 64, 9)))
+    assert model.number > before  # a graph that knows a number may outlive its model
 
 
 def test_what_forward_does_not_take():

@@ -1,5 +1,6 @@
 """Several ranks give what one process gives; tests/tp_cases.py is rank 0 of most groups here."""
 
+import io
 import json
 import os
 import re
@@ -11,6 +12,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -192,6 +194,44 @@ import os, signal
 os.kill(next(iter(llm.ranks.workers.values()))[0].pid, signal.SIGKILL)
 llm.generate([[1, 2, 3]], params)
 """
+
+
+LOST = """
+import sys
+import tp
+
+tp.WORKER = '''
+import os, sys, time
+import torch.distributed as dist
+import tp
+
+def lost(*args, **options):
+    time.sleep(1)
+    print("out of threads", file=sys.stderr, flush=True)
+    os._exit(1)
+
+dist.init_process_group = lost
+port, size, rank = map(int, sys.argv[1:])
+tp.work(port, size, rank, None)
+'''
+tp.start(2)
+"""
+
+
+def test_a_rank_that_is_lost_while_the_group_forms_ends_the_start():
+    command = [sys.executable, "-c", LOST]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=90)
+    assert result.returncode == 1
+    assert result.stderr.endswith("fastspec: rank 1 has ended with 1: out of threads\n")
+
+
+def test_the_first_rank_that_was_lost_is_named():
+    """Not the one that lost its connection to it."""
+    said, codes = io.BytesIO(b"Connection reset by peer\n"), {1: 1, 2: -9, 3: None, 4: 0}
+    workers = {r: (SimpleNamespace(poll=lambda c=c: c), said) for r, c in codes.items()}
+    assert tp.lost(workers) == "rank 2 has ended with -9: Connection reset by peer"
+    del workers[2]
+    assert tp.lost(workers).startswith("rank 1 has ended with 1: ")
 
 
 def test_the_documented_snippet_runs_unguarded_and_a_killed_rank_ends_it(root, tmp_path):
