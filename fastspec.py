@@ -92,6 +92,7 @@ class SamplingParams:
             object.__setattr__(self, f.name, as_number(getattr(self, f.name)))
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         stop_ids = self.stop_token_ids or []
+        stop_ids = [as_number(t) for t in stop_ids] if is_list(stop_ids) else stop_ids
         length, seed = self.max_tokens, self.seed
         texts = is_list(stop) and all(isinstance(text, str) and text for text in stop)
         ids = is_list(stop_ids) and all(is_integer(t, 0) for t in stop_ids)
@@ -124,8 +125,8 @@ def is_number(x, least: float, most: float) -> bool:
 
 
 def as_number(x):
-    """x, or the number of Python's that it is, if it is one of numpy's or torch's."""
-    return x.item() if hasattr(x, "item") else x
+    """x, or the number of Python's (or list of them) that it is, if it is numpy's or torch's."""
+    return x.tolist() if hasattr(x, "tolist") else x
 
 
 def is_list(x) -> bool:
@@ -1236,12 +1237,12 @@ DEFAULT_MAX_SEQ_LEN = 8192
 
 def as_prompt_list(prompts) -> list:
     """One prompt or several, each text or token ids (also as tensors or arrays), as a list."""
-    prompts = prompts.tolist() if hasattr(prompts, "tolist") else prompts
+    prompts = as_number(prompts)
     if isinstance(prompts, Mapping | bytes) or not isinstance(prompts, Iterable):
         raise ValueError(f"prompts are neither text nor token ids: {prompts!r}")
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    prompts = [p.tolist() if hasattr(p, "tolist") else p for p in prompts]
-    prompts = [[as_number(t) for t in p] if is_list(p) else as_number(p) for p in prompts]
+    prompts = [as_number(p) for p in prompts]
+    prompts = [[as_number(t) for t in p] if is_list(p) else p for p in prompts]
     return [prompts] if prompts and is_integer(prompts[0], -(2**63), 2**63) else prompts
 
 

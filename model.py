@@ -494,16 +494,18 @@ def load_model(
     with torch.device("meta"):
         whole, model = Transformer(args), Transformer(local_args or args).to(dtype)
     found = map_weights(directory)
-    if args.tie_embeddings and "lm_head.weight" in found:
-        file, head = found["lm_head.weight"]
-        name = HF_NAMES[args.model_type]["embed"][0] + ".weight"
-        _, embed = found.setdefault(name, (file, head))  # stored once, under either name
-        if not torch.equal(head, embed.to(head.dtype)):
+    name, head = HF_NAMES[args.model_type]["embed"][0] + ".weight", "lm_head.weight"
+    if tied := args.tie_embeddings and head in found:
+        found.setdefault(name, found[head])  # stored once, under either name
+    check_weights(directory, found, hf_tensors(whole), args)
+    if tied:
+        (file, stored), (_, embed) = found.pop(head), found[name]
+        if stored is not embed and not torch.equal(stored, embed.to(stored.dtype)):
             raise ValueError(
-                f"{file}: lm_head.weight differs from {name}, to which config.json ties it; set "
+                f"{file}: {head} differs from {name}, to which config.json ties it; set "
                 "tie_word_embeddings to false"
             )
-    check_weights(directory, found, hf_tensors(whole), args)
+        del stored, embed  # which would keep their files mapped
     if args.tie_embeddings:
         del model.output.weight  # to_empty would give it memory of its own
     model.to_empty(device=device)

@@ -239,12 +239,13 @@ class Ranks:
     def __init__(self, store: dist.Store, rank: int, size: int, workers: Workers | None = None):
         self.workers = workers or {}  # those that this rank 0 has started
         self.ended: str | None = None  # why, once they have
-        self.waiting = True  # for the other ranks, perhaps
+        self.waiting = False  # for the other ranks, perhaps
         if self.workers:
             threading.Thread(target=self.watch, daemon=True).start()
         gpus = torch.cuda.is_available() and size > 1
         options = {"store": store, "rank": rank, "world_size": size, "timeout": NO_TIMEOUT}
-        dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", **options)
+        with self.guard():
+            dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", **options)
         if gpus:  # its end would wait for the CUDA graphs that hold its collectives
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(dist.group.WORLD))
         self.rank, self.size = rank, size
@@ -255,7 +256,6 @@ class Ranks:
         self.commands.set_timeout(NO_TIMEOUT)
         # What keeps memory of other ranks here, None where it could not be set up.
         self.shared: dict[torch.dtype, object] = {}
-        self.waiting = False
 
     # in the step, on the device
 

@@ -435,7 +435,7 @@ def train(args: Namespace, target: Transformer, losses: HeadLosses, texts: list,
             speed = round(seen * args.world / seconds)
             row = {"step": step, "loss": found, "tokens_per_s": speed}
             rows.append(row | acceptance(speculator, held_out))
-            bar.set_postfix_str(f"loss {sum(found):.3f}, {speed} tokens/s")
+            bar.set_postfix_str(f"loss {sum(found):.3f}, {speed} tokens/s", refresh=False)
             write_whole(args.output / "metrics.jsonl", "".join(f"{json.dumps(r)}\n" for r in rows))
         if args.rank == 0 and (logged or time.perf_counter() - clock > SAVE_SECONDS):
             state = {name: part.state_dict() for name, part in parts.items()}
@@ -571,6 +571,9 @@ def parse_arguments(argv: list[str] | None) -> Namespace:
         if (value := getattr(args, name)) is not None and value < least:
             option = f"--{name.replace('_', '-')}"
             raise ValueError(f"{option} {value} is out of range: at least {least}")
+    for file in args.prompts:
+        if not Path(file).is_file():
+            raise ValueError(f"{file}: no such file (it is read twice, so a pipe will not do)")
     if not 0 < args.learning_rate < math.inf:
         raise ValueError(f"--learning-rate {args.learning_rate:g} is out of range: above 0")
     args.world = int(os.environ.get("WORLD_SIZE", 1))
@@ -599,7 +602,7 @@ SHAPE = ("n_predict", "inner_dim", "tie_weights", "scale_input", "draft_vocab_si
 TRAINING = (*SHAPE, "steps", "batch_size", "learning_rate")
 
 
-def keep_settings(args: Namespace) -> None:
+def keep_settings(args: Namespace, template: str) -> None:
     """settings.json: an output directory is gone on with under the same settings only, but for
     those of the training while there is no state.pt."""
     free = (
@@ -613,8 +616,8 @@ def keep_settings(args: Namespace) -> None:
         "save_dtype",
     )
     settings = {name: value for name, value in vars(args).items() if name not in free}
-    # Not of the prompts as the template renders them: that may write the date.
-    given = b"".join(Path(file).read_bytes() for file in args.prompts)
+    # Not the prompts as the template renders them: that may write the date.
+    given = b"".join(Path(file).read_bytes() for file in args.prompts) + template.encode()
     settings["prompts"] = hashlib.sha256(given).hexdigest()
     args.output.mkdir(parents=True, exist_ok=True)
     file = args.output / "settings.json"
@@ -673,7 +676,7 @@ def run(args: Namespace) -> None:
         if args.rank:
             dist.barrier()  # rank 0 writes the settings that the others read
     try:
-        keep_settings(args)
+        keep_settings(args, llm.tokenizer.chat_template)
     finally:
         if args.world > 1 and not args.rank:
             dist.barrier()

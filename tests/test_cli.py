@@ -956,6 +956,10 @@ def test_numbers_of_numpy_and_torch_are_numbers(llms):
         for prompts in ([5, 6, 7], given, list(given), [list(given)], list(torch.tensor([5, 6, 7])))
     ]
     assert outputs == [outputs[0]] * 5
+    for ids in (np.array([2, 3]), torch.tensor([2, 3]), list(np.array([2, 3]))):
+        assert SamplingParams(stop_token_ids=ids).stop_token_ids == (2, 3)
+    with pytest.raises(ValueError, match=r"temperature \[0.5, 3.0\] is out of range"):
+        SamplingParams(temperature=torch.tensor([0.5, 3]))
     assert SamplingParams(seed=-1).seed is None  # as vLLM takes it
 
 

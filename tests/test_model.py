@@ -572,7 +572,12 @@ def test_a_tied_checkpoint_may_hold_either_name_or_both(tmp_path, tiny):
         model = load_model(tmp_path)
         assert_same_weights(model, alone)
         assert model.output.weight.data_ptr() == model.embed.weight.data_ptr()
-    edit_tensors(tmp_path, lambda t: t.update({name: t["lm_head.weight"] + 1}))
+    bad = torch.full_like(alone.output.weight, torch.nan)
+    good = load_file(tmp_path / "model.safetensors")["lm_head.weight"]
+    edit_tensors(tmp_path, lambda t: t.update({"lm_head.weight": bad}))
+    with pytest.raises(ValueError, match="holds NaN"):
+        load_model(tmp_path)
+    edit_tensors(tmp_path, lambda t: t.update({"lm_head.weight": good, name: good + 1}))
     words = f"lm_head.weight differs from {name}, to which config.json ties it; set tie_word_embedd"
     with pytest.raises(ValueError, match=re.escape(words)):
         load_model(tmp_path)

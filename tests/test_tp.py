@@ -225,6 +225,32 @@ def test_a_rank_that_is_lost_while_the_group_forms_ends_the_start():
     assert result.stderr.endswith("fastspec: rank 1 has ended with 1: out of threads\n")
 
 
+CAUGHT = """
+import time
+import tp
+
+tp.GRACE = 1
+try:
+    tp.start(2)
+except Exception:
+    time.sleep(5)
+    print("here", flush=True)
+"""
+
+
+def test_a_start_that_fails_leaves_the_caller_alone():
+    """Who may catch the error and go on with one process."""
+    result = subprocess.run(
+        [sys.executable, "-c", CAUGHT],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"GLOO_SOCKET_IFNAME": "none0"},
+        timeout=90,
+    )
+    assert (result.returncode, result.stdout) == (0, "here\n"), result.stderr
+
+
 def test_the_first_rank_that_was_lost_is_named():
     """Not the one that lost its connection to it."""
     said, codes = io.BytesIO(b"Connection reset by peer\n"), {1: 1, 2: -9, 3: None, 4: 0}

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -746,6 +747,14 @@ def test_a_template_may_write_the_date(target, prompts, tmp_path, monkeypatch):
     (tmp_path / "out" / "state.pt").unlink()
     today[0] = "2"
     assert run(dated, prompts, tmp_path / "out", steps=1) == 0
+    (dated / "chat_template.jinja").write_text("Q:" + TEMPLATE)
+    assert run(dated, prompts, tmp_path / "out", steps=1) == 1  # another text
+
+
+def test_prompts_from_a_pipe_are_refused(target, tmp_path, capsys):
+    os.mkfifo(pipe := tmp_path / "pipe")
+    assert run(target, pipe, tmp_path / "out") == 1
+    assert "it is read twice, so a pipe will not do" in last_line(capsys)
 
 
 def test_a_full_disk_loses_nothing(target, prompts, whole, tmp_path, monkeypatch, capsys):
