@@ -507,8 +507,9 @@ def table_line(columns: list, row: dict | None = None) -> str:
     """A row, or the titles. `rest` is choosing what to accept, committing it, the host's part."""
     if row is not None:
         parts = row["draft_ms"], row["verify_ms"]
-        rest = None if None in parts else row["ms_per_step"] - sum(parts)
-        row = row | {"rest_ms": rest if rest is None or rest >= 0 else None}  # not all was drafted
+        # Parts that took longer than the step were not all of it: a CPU drafts less.
+        timed = None not in parts and sum(parts) <= row["ms_per_step"]
+        row = row | {"rest_ms": row["ms_per_step"] - sum(parts) if timed else None}
     cells = []
     for title, key, form in columns:
         value = title if row is None else row[key]
@@ -673,8 +674,7 @@ def run(args: argparse.Namespace, ranks, root: str) -> None:
     config = {"model": speculator, "num_speculative_tokens": args.num_draft_tokens, "tree": 0}
     config["draft_dtype"] = args.draft_dtype or "auto"
     config["draft_tensor_parallel_size"] = args.draft_tensor_parallel_size or 1
-    if target is None or (target == fastspec.DEMO and not args.checkpoint):
-        target = fastspec.demo_checkpoint()
+    target = fastspec.demo_checkpoint() if target is None else target
     models = (target, config if speculator else None)
     where = {"dtype": args.dtype, "device": args.device, "load": False}
     size = 1 if ranks is None else ranks.size

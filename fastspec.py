@@ -1669,13 +1669,18 @@ def check_options(args: argparse.Namespace) -> None:
         raise ValueError("--prompts goes without --prompt and --interactive")
     if args.interactive and args.chat is False:
         raise ValueError("--interactive needs the chat template: leave out --no-chat")
-    if args.prompts and not os.path.isfile(args.prompts):
-        raise ValueError(f"{args.prompts}: no such file (it is read twice, so a pipe will not do)")
+    if args.prompts:
+        check_is_file(args.prompts)
     if args.output and os.path.isfile(args.output) and os.path.getsize(args.output):
         raise ValueError(f"{args.output}: not empty; name another file, or delete this one")
     for file in (args.output, args.profile):
         if file:
             open(file, "a").close()
+
+
+def check_is_file(path: str) -> None:
+    if not os.path.isfile(path):
+        raise ValueError(f"{path}: no such file (it is read twice, so a pipe will not do)")
 
 
 def llm_without_weights(args: argparse.Namespace, devices: int) -> LLM:
@@ -1688,8 +1693,7 @@ def llm_without_weights(args: argparse.Namespace, devices: int) -> LLM:
         speculative["top_k_tokens_per_head"] = args.top_k_tokens_per_head
         speculative["draft_dtype"] = args.draft_dtype or "auto"
         target = target or target_of(args.speculator, args.speculator_revision)
-    if target is None or (target == DEMO and not args.checkpoint):
-        target = demo_checkpoint()
+    target = demo_checkpoint() if target is None else target
     rows = 1 if args.interactive else min(len(args.prompt or [""]), 8)
     if args.prompts:
         with open(args.prompts, "rb") as lines:
@@ -1708,8 +1712,9 @@ def llm_without_weights(args: argparse.Namespace, devices: int) -> LLM:
     )
 
 
-def target_of(speculator: str, revision: str | None) -> str:
-    """The target that a speculator's config names, or that is known by the speculator's name."""
+def target_of(speculator: str, revision: str | None) -> str | Path:
+    """The target that a speculator's config names, or that is known by the speculator's name; of
+    the demo's the demo checkpoint."""
     config = read_json(local_checkpoint(speculator, revision) / "config.json")
     if (kind := config.get("model_type")) != "mlp_speculator":
         raise ValueError(f"{speculator}: its model_type is {kind!r}, that of no speculator")
@@ -1717,7 +1722,7 @@ def target_of(speculator: str, revision: str | None) -> str:
     if not isinstance(target, str):
         raise ValueError(f"{speculator}: its config.json does not name a target; give --checkpoint")
     print(f"fastspec: the target is {target}, which {speculator} is for", file=sys.stderr)
-    return target
+    return demo_checkpoint() if target == DEMO else target
 
 
 def demo_checkpoint() -> Path:

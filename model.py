@@ -494,18 +494,14 @@ def load_model(
     with torch.device("meta"):
         whole, model = Transformer(args), Transformer(local_args or args).to(dtype)
     found = map_weights(directory)
-    name, head = HF_NAMES[args.model_type]["embed"][0] + ".weight", "lm_head.weight"
-    if tied := args.tie_embeddings and head in found:
-        found.setdefault(name, found[head])  # stored once, under either name
-    check_weights(directory, found, hf_tensors(whole), args)
-    if tied:
-        (file, stored), (_, embed) = found.pop(head), found[name]
-        if stored is not embed and not torch.equal(stored, embed.to(stored.dtype)):
-            raise ValueError(
-                f"{file}: {head} differs from {name}, to which config.json ties it; set "
-                "tie_word_embeddings to false"
-            )
-        del stored, embed  # which would keep their files mapped
+    name = HF_NAMES[args.model_type]["embed"][0] + ".weight"
+    head = found.pop("lm_head.weight", None) if args.tie_embeddings else None
+    if head is not None:
+        found.setdefault(name, head)  # one matrix, stored under either name or both
+    check_weights(directory, found, hf_tensors(whole))
+    if head is not None:
+        check_tied(*head, name, found[name][1])
+    del head  # which would keep its file mapped
     if args.tie_embeddings:
         del model.output.weight  # to_empty would give it memory of its own
     model.to_empty(device=device)
@@ -605,10 +601,9 @@ def map_weights(directory: Path) -> dict[str, tuple[Path, Tensor]]:
     return found
 
 
-def check_weights(where: Path, found: dict, wanted: dict[str, Tensor], args: ModelArgs) -> None:
+def check_weights(where: Path, found: dict, wanted: dict[str, Tensor]) -> None:
     """Every wanted tensor is there with its shape, and nothing unknown is."""
     extra = {name for name in found if name.endswith(OLD_BUFFERS)}
-    extra |= {"lm_head.weight"} if args.tie_embeddings else set()
     if missing := wanted.keys() - found.keys():
         raise ValueError(f"{where}: {len(missing)} tensors missing, first {min(missing)}")
     if unknown := found.keys() - wanted.keys() - extra:
@@ -624,6 +619,15 @@ def check_weights(where: Path, found: dict, wanted: dict[str, Tensor], args: Mod
                 f"{file}: {name} has shape {list(tensor.shape)}, "
                 f"config.json says {list(target.shape)}"
             )
+
+
+def check_tied(file: Path, head: Tensor, name: str, embed: Tensor) -> None:
+    """A head that is stored beside the embedding it is tied to is the same matrix."""
+    if head is not embed and not torch.equal(head, embed.to(head.dtype)):
+        raise ValueError(
+            f"{file}: lm_head.weight differs from {name}, to which config.json ties it; set "
+            "tie_word_embeddings to false"
+        )
 
 
 @torch.no_grad()

@@ -498,8 +498,8 @@ def lost(workers: Workers, seconds: float = 0) -> str | None:
     """What is known of a worker that has ended, or does so within some seconds."""
     end = time.monotonic() + seconds
     while True:
-        codes = {rank: process.poll() for rank, (process, _) in workers.items()}
-        if ended := {rank: code for rank, code in codes.items() if code is not None}:
+        codes = ((rank, process.poll()) for rank, (process, _) in workers.items())
+        if ended := {rank: code for rank, code in codes if code is not None}:
             # A killed one (below 0) first: the others end because it is gone.
             rank = min(ended, key=lambda rank: (ended[rank] == 0, ended[rank]))
             return f"rank {rank} has ended with {ended[rank]}: {last_line(workers[rank][1])}"

@@ -32,7 +32,17 @@ from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
-from fastspec import LLM, Engine, Request, SamplingParams, as_request, decode_loop, one_line, row_of
+from fastspec import (
+    LLM,
+    Engine,
+    Request,
+    SamplingParams,
+    as_request,
+    check_is_file,
+    decode_loop,
+    one_line,
+    row_of,
+)
 from model import (
     SDPA_BACKENDS,
     ModelArgs,
@@ -95,12 +105,16 @@ def write_text(engine: Engine, requests: list[Request], file: Path, most=math.in
     done = dict(map(json.loads, lines))  # request number: answer
     total = sum(map(len, done.values()))
     last = max(done, default=-1)  # all before it were begun, and what was begun is finished
-    todo = [i for i in range(len(requests)) if i not in done and (total < most or i < last)]
     answers: list[list[int]] = []
+
+    def wanted(i: int) -> bool:
+        return total < most or i < last
+
+    todo = [i for i in range(len(requests)) if i not in done and wanted(i)]
 
     def taken() -> Iterator[Request]:
         for i in todo:
-            if total < most or i < last:
+            if wanted(i):
                 answers.append([])
                 yield requests[i]
 
@@ -572,8 +586,7 @@ def parse_arguments(argv: list[str] | None) -> Namespace:
             option = f"--{name.replace('_', '-')}"
             raise ValueError(f"{option} {value} is out of range: at least {least}")
     for file in args.prompts:
-        if not Path(file).is_file():
-            raise ValueError(f"{file}: no such file (it is read twice, so a pipe will not do)")
+        check_is_file(file)
     if not 0 < args.learning_rate < math.inf:
         raise ValueError(f"--learning-rate {args.learning_rate:g} is out of range: above 0")
     args.world = int(os.environ.get("WORLD_SIZE", 1))

@@ -447,8 +447,8 @@ def test_without_arguments_the_demo_model(main, dirs, monkeypatch, tmp_path, bun
     monkeypatch.setattr(bench.fastspec, "demo_checkpoint", lambda: dirs.story)
     if bundled:
         monkeypatch.setattr(bench.fastspec, "BUNDLED", shutil.copytree(dirs.right, tmp_path / "s"))
-        named = lambda config: config.update(base_model_name_or_path=bench.fastspec.DEMO)  # noqa: E731
-        edit_json(tmp_path / "s" / "config.json", named)
+        demo = {"base_model_name_or_path": bench.fastspec.DEMO}
+        edit_json(tmp_path / "s" / "config.json", lambda config: config.update(demo))
     _, document, rows = main("--prompt-len", 20)
     assert [row["mode"] for row in rows] == ["plain", "chain"][: 1 + bundled]
     speculator = str(tmp_path / "s") if bundled else None

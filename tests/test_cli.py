@@ -676,7 +676,11 @@ def test_a_hub_id_that_is_named_is_that_of_the_hub(dirs, monkeypatch, capsys):
 def test_a_file_of_few_prompts_takes_few_rows(dirs, monkeypatch, tmp_path, capsys, rows):
     (tmp_path / "in.jsonl").write_text('{"prompt": "Q"}\n\n' * rows)
     made, engine = [], fastspec.Engine.__init__
-    spy = lambda *a, **k: made.append(k["batch_size"]) or engine(*a, **k)  # noqa: E731
+
+    def spy(*args, **options):
+        made.append(options["batch_size"])
+        engine(*args, **options)
+
     monkeypatch.setattr(fastspec.Engine, "__init__", spy)
     argv = ["--prompts", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl"]
     printed(capsys, "--checkpoint", dirs.story, *argv)
