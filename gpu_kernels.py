@@ -94,6 +94,7 @@ def _linear(
     E: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
     DEEP: tl.constexpr, SPLITS: tl.constexpr, AHEAD: tl.constexpr,
     IN_TILES: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
+    APART: tl.constexpr = False,
 ):  # fmt: skip
     """out [M, R] = x [M, C] @ w [R, C]^T, one tile of TILE rows of w and one part of C a program.
 
@@ -101,8 +102,9 @@ def _linear(
     the input's squares, whose root mean it is divided by; bias [R] and residual [M, R] are added;
     with norm [R], weighted [M, R] = out * norm and out_squares [T, M] are written for the next
     product. GATED: w holds gate and up rows, out [M, R / 2] = silu(gate) * up. With cos and sin
-    [M, E / 2], heads of E rows are turned by these angles, as far as row `turned`. AHEAD: columns
-    of a program's weights that are on their way before it waits for x: all of them for one row.
+    [M, E / 2], heads of E rows are turned by these angles, as far as row `turned`. AHEAD: widths of
+    the parts of a program's columns that are on their way before it waits for x: of all columns for
+    one row. APART: these are summed one by one, in shorter chains of matrix instructions.
     """
     tile, split = tl.program_id(0), tl.program_id(1)
     m, i, k = tl.arange(0, ROWS), tl.arange(0, TILE), tl.arange(0, DEEP)
@@ -133,10 +135,12 @@ def _linear(
         shift = tl.load(bias + r, mask=r_in, other=0.0).to(tl.float32)
     if norm is not None:
         weight = tl.load(norm + column, mask=column < width, other=0.0).to(tl.float32)
-    parts = ()
-    for start in tl.static_range(0, AHEAD, DEEP):
-        known = r_in[:, None] & (start + k < C // SPLITS)[None, :]
-        parts += (_weights(w_at + (begin + start + k)[None, :], known, EVEN),)
+    parts, start = (), 0
+    for j in tl.static_range(len(AHEAD)):
+        c_ahead = start + tl.arange(0, AHEAD[j])
+        known = r_in[:, None] & (c_ahead < C // SPLITS)[None, :]
+        parts += (_weights(w_at + (begin + c_ahead)[None, :], known, EVEN),)
+        start += AHEAD[j]
     if PDL:
         gdc_wait()
     at = m[None, :] * width + column[:, None]
@@ -157,24 +161,29 @@ def _linear(
     acc = tl.zeros([TILE, ROWS], dtype=tl.float32)
     if ROWS == 1:
         wide = tl.zeros([TILE, DEEP], dtype=tl.float32)
-        for start in tl.static_range(0, C // SPLITS, DEEP):
-            at_c = (start + k)[None, :]
+        for j in tl.static_range(len(AHEAD)):
+            c_ahead = (j * DEEP + k)[None, :]
             # Loaded by every thread that multiplies it, not handed on.
             if C <= NEAR or w.dtype.element_ty == tl.int8:
-                at_c += (i * 0)[:, None]
-            b = tl.load(x + begin + at_c, mask=at_c < C // SPLITS, other=0.0)
-            wide += _floats(parts[start // DEEP]) * b.to(tl.float32)
+                c_ahead += (i * 0)[:, None]
+            b = tl.load(x + begin + c_ahead, mask=c_ahead < C // SPLITS, other=0.0)
+            wide += _floats(parts[j]) * b.to(tl.float32)
         acc += tl.reshape(tl.sum(wide, axis=1), [TILE, 1])
     else:
-        xs = ()
-        for start in tl.static_range(0, AHEAD, DEEP):
-            known = (m < M)[None, :] & (start + k < C // SPLITS)[:, None]
-            x_at = x + m[None, :] * C + (begin + start + k)[:, None]
+        xs, start = (), 0
+        for j in tl.static_range(len(AHEAD)):
+            c_ahead, known = start + tl.arange(0, AHEAD[j]), (m < M)[None, :]
+            if not EVEN:
+                known &= (c_ahead < C // SPLITS)[:, None]
+            x_at = x + m[None, :] * C + (begin + c_ahead)[:, None]
             xs += (tl.load(x_at, mask=known, other=0.0),)
-        for start in tl.static_range(0, AHEAD, DEEP):
-            b = xs[start // DEEP]
-            acc = tl.dot(_like(parts[start // DEEP], b), b, acc, input_precision="ieee")
-        for start in range(AHEAD, C // SPLITS, DEEP):
+            start += AHEAD[j]
+        for j in tl.static_range(len(AHEAD)):
+            if APART:
+                acc += tl.dot(_like(parts[j], xs[j]), xs[j], input_precision="ieee")
+            else:
+                acc = tl.dot(_like(parts[j], xs[j]), xs[j], acc, input_precision="ieee")
+        for start in range(start, C // SPLITS, DEEP):
             at_c, c_in = begin + start + k, start + k < C // SPLITS
             a = _weights(w_at + at_c[None, :], r_in[:, None] & c_in[None, :], EVEN)
             x_in = (m < M)[None, :]
@@ -267,6 +276,15 @@ def tiling(R: int, C: int, M: int, itemsize: int = 2) -> dict:
     }
 
 
+def pieces(n: int, most: int) -> tuple[int, ...]:
+    """Powers of two, of `most` at most, that add up to n."""
+    found = []
+    while n:
+        found.append(min(most, 1 << (n.bit_length() - 1)))
+        n -= found[-1]
+    return tuple(found)
+
+
 def small(
     x: Tensor, w: Tensor, *, row_scale=None, bias=None, squares=None, eps=0.0, residual=None,
     norm=None, angles=None, turned=0, gated=False, dtype=None, out=None, tile: dict | None = None,
@@ -277,7 +295,11 @@ def small(
     if angles is not None:  # of which a tile has one head at most
         tile["TILE"] = min(tile["TILE"], TILE)
     rows, splits, tiles = tile["ROWS"], tile["SPLITS"], triton.cdiv(R, tile["TILE"])
-    tile.setdefault("AHEAD", C // splits)
+    n, deep, piece = C // splits, tile["DEEP"], tile.pop("PIECE", tile["DEEP"])
+    if rows == 1:
+        tile["AHEAD"] = (deep,) * triton.cdiv(n, deep)
+    else:
+        tile["AHEAD"] = pieces(tile.get("AHEAD", n), piece)
     if out is None:
         out = x.new_empty(M, R // 2 if gated else R, dtype=dtype or x.dtype)
     weighted = torch.empty_like(out) if norm is not None else None
@@ -287,7 +309,7 @@ def small(
         part = x.new_empty(splits * tiles * tile["TILE"] * rows, dtype=torch.float32)
     cos, sin = angles or (None, None)
     in_tiles = len(squares) if squares is not None else 1
-    even = C % (tile["DEEP"] * splits) == 0 and R % tile["TILE"] == 0
+    even = n * splits == C and (n - sum(tile["AHEAD"])) % deep == 0 and R % tile["TILE"] == 0
     _linear[(tiles, splits)](
         x, w, row_scale, bias, squares, residual, norm, cos, sin, out, weighted, out_squares, part,
         counters(x.device), M, R, in_tiles, turned, eps,
@@ -320,6 +342,34 @@ def _fold(queries, keys, values, seen, scale, top, total, y):
     p, kept = tl.exp(scores - base[:, None]), tl.exp(top - base)
     y = tl.dot(p.to(values.dtype), values, y * kept[:, None], input_precision="ieee")
     return higher, total * kept + tl.sum(p, axis=1), y
+
+
+@triton.jit
+def _join(y_at, stat_at, parts, real, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Sum and numerators of all parts, TOGETHER at a time."""
+    zeros = tl.zeros([ROWS], dtype=tl.int32)
+    top = tl.full([ROWS], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([ROWS], dtype=tl.float32)
+    y = tl.zeros([ROWS, WIDTH], dtype=tl.float32)
+    for start in tl.range(0, parts, TOGETHER, num_stages=1):
+        higher = top
+        for j in tl.static_range(TOGETHER):
+            used, at = zeros + start + j < parts, stat_at + (start + j) * 2 * ROWS
+            its = tl.load(at, mask=used, other=float("-inf"), cache_modifier=".cg")
+            higher = tl.maximum(higher, its)
+        base = tl.where(higher == float("-inf"), 0.0, higher)
+        kept, top = tl.exp(top - base), higher
+        total, y = total * kept, y * kept[:, None]
+        for j in tl.static_range(TOGETHER):
+            used, at = zeros + start + j < parts, stat_at + (start + j) * 2 * ROWS
+            its = tl.load(at, mask=used, other=float("-inf"), cache_modifier=".cg")
+            share = tl.exp(its - base)
+            its = tl.load(at + ROWS, mask=used, other=0.0, cache_modifier=".cg")
+            total += share * its
+            known, at = (used & real)[:, None], y_at + (start + j) * ROWS * WIDTH
+            its = tl.load(at, mask=known, other=0.0, cache_modifier=".cg")
+            y += share[:, None] * its
+    return total, y
 
 
 @triton.jit
@@ -390,40 +440,22 @@ def _attend(
             seen |= tl.trans(in_cache)
             top, total, y = _fold(queries, keys, values, seen, scale, top, total, y)
 
-        last = True
+        parts = tl.minimum(live, PARTS)
+        last = parts == 1  # a join of one would leave all as it is
         if PARTS > 1:
             y_at = part + (tile * PARTS * ROWS + i)[:, None] * WIDTH + e[None, :]
             stat_at = stats + tile * PARTS * 2 * ROWS + i
-            tl.store(y_at + mine * ROWS * WIDTH, y, mask=real[:, None])
-            tl.store(stat_at + mine * 2 * ROWS, top)
-            tl.store(stat_at + mine * 2 * ROWS + ROWS, total)
-            tl.debug_barrier()
-            parts = tl.minimum(live, PARTS)
-            last = tl.atomic_add(count + tile, 1, sem="acq_rel") == parts - 1
+            if parts > 1:
+                tl.store(y_at + mine * ROWS * WIDTH, y, mask=real[:, None])
+                tl.store(stat_at + mine * 2 * ROWS, top)
+                tl.store(stat_at + mine * 2 * ROWS + ROWS, total)
+                tl.debug_barrier()
+                last = tl.atomic_add(count + tile, 1, sem="acq_rel") == parts - 1
         if last:
             if PARTS > 1:
-                top = tl.full([ROWS], float("-inf"), dtype=tl.float32)
-                total = tl.zeros([ROWS], dtype=tl.float32)
-                y = tl.zeros([ROWS, WIDTH], dtype=tl.float32)
-                for start in tl.range(0, parts, TOGETHER, num_stages=1):
-                    higher = top
-                    for j in tl.static_range(TOGETHER):
-                        used, at = i * 0 + start + j < parts, stat_at + (start + j) * 2 * ROWS
-                        its = tl.load(at, mask=used, other=float("-inf"), cache_modifier=".cg")
-                        higher = tl.maximum(higher, its)
-                    base = tl.where(higher == float("-inf"), 0.0, higher)
-                    kept, top = tl.exp(top - base), higher
-                    total, y = total * kept, y * kept[:, None]
-                    for j in tl.static_range(TOGETHER):
-                        used, at = i * 0 + start + j < parts, stat_at + (start + j) * 2 * ROWS
-                        its = tl.load(at, mask=used, other=float("-inf"), cache_modifier=".cg")
-                        share = tl.exp(its - base)
-                        its = tl.load(at + ROWS, mask=used, other=0.0, cache_modifier=".cg")
-                        total += share * its
-                        known, at = (used & real)[:, None], y_at + (start + j) * ROWS * WIDTH
-                        its = tl.load(at, mask=known, other=0.0, cache_modifier=".cg")
-                        y += share[:, None] * its
-                tl.store(count + tile, 0)
+                if parts > 1:
+                    total, y = _join(y_at, stat_at, parts, real, ROWS, WIDTH)
+                    tl.store(count + tile, 0)
             out_at = ((b * N + node) * K * G + head * G + query // N)[:, None] * E + e[None, :]
             tl.store(out + out_at, y / total[:, None], mask=real[:, None] & in_head)
 
@@ -451,7 +483,7 @@ def attention(
         qkv, kv, cached, ancestors, out, part, stats, counters(qkv.device), E**-0.5, S,
         kv.stride(0), N * N * (ancestors.dim() - 2),
         N=N, G=G, K=K, E=E, WIDTH=width, ROWS=QUERIES, SPLIT=SPLIT, PARTS=parts, EARLY=early,
-        num_warps=8, num_stages=3 if width * qkv.itemsize <= 512 else 2, **pdl(qkv),
+        num_warps=8, num_stages=3 if SPLIT * width * qkv.itemsize <= 32768 else 2, **pdl(qkv),
     )  # fmt: skip
     return out
 

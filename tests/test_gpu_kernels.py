@@ -168,6 +168,8 @@ def test_small_product_equals_plain(M, R, C, splits):
     tile = splits and {"DEEP": 64, "SPLITS": splits, "num_stages": 2, "num_warps": 4}
     if splits and M > 1:  # some of the weights ahead of the rest; in tall tiles
         tile |= {"AHEAD": 64} | ({"TILE": 128} if splits == 1 else {})
+    if splits and M <= 8 and M > 1:  # all of them, in parts that are summed apart, for few rows
+        tile |= {"ROWS": 8, "TILE": 16, "AHEAD": C // splits, "PIECE": 256, "APART": True}
     normed = x * torch.rsqrt((x * x).mean(-1, keepdim=True) + 1e-5)
     y = F.linear(normed, w, bias) + residual
     out, weighted, sums = small(
