@@ -183,8 +183,8 @@ def _linear(
                 acc += tl.dot(_like(parts[j], xs[j]), xs[j], input_precision="ieee")
             else:
                 acc = tl.dot(_like(parts[j], xs[j]), xs[j], acc, input_precision="ieee")
-        for start in range(start, C // SPLITS, DEEP):
-            at_c, c_in = begin + start + k, start + k < C // SPLITS
+        for rest in range(start, C // SPLITS, DEEP):
+            at_c, c_in = begin + rest + k, rest + k < C // SPLITS
             a = _weights(w_at + at_c[None, :], r_in[:, None] & c_in[None, :], EVEN)
             x_in = (m < M)[None, :]
             if not EVEN:
@@ -452,7 +452,7 @@ def _attend(
                 tl.debug_barrier()
                 last = tl.atomic_add(count + tile, 1, sem="acq_rel") == parts - 1
         if last:
-            if PARTS > 1:
+            if PARTS > 1:  # noqa: SIM102, known when it is compiled
                 if parts > 1:
                     total, y = _join(y_at, stat_at, parts, real, ROWS, WIDTH)
                     tl.store(count + tile, 0)

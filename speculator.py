@@ -162,6 +162,7 @@ class MLPSpeculator(nn.Module):
 
     draft_ids: Tensor | None
     emb_row: Tensor | None
+    eight_bit = False  # whether the checkpoint's matrices are int8
 
     def __init__(self, args: SpeculatorArgs):
         super().__init__()
@@ -338,7 +339,7 @@ def load_speculator(
     with torch.device("meta"):
         model = MLPSpeculator(args).to(dtype)
     found = _map_weights(directory)
-    _unpack(found)
+    model.eight_bit = _unpack(found)
     ids = _draft_ids(directory, found, args)
     _check(directory, found, _tensor_names(model))
     for name, param in model.named_parameters():
@@ -366,14 +367,17 @@ def _draft_ids(where: Path, found: dict, args: SpeculatorArgs) -> Tensor | None:
     return ids.long()
 
 
-def _unpack(found: dict) -> None:
-    """Replace int8 matrices and their scales per row, an addition to the format, by floats."""
-    for scale_name in [name for name in found if name.endswith("_scale")]:
+def _unpack(found: dict) -> bool:
+    """Replace int8 matrices and their scales per row, an addition to the format, by floats; whether
+    there were any."""
+    scales = [name for name in found if name.endswith("_scale")]
+    for scale_name in scales:
         file, stored, scale = found.pop(scale_name)
         _, _, weight = found.get(name := scale_name.removesuffix("_scale"), (file, "", scale))
         if weight.dtype != torch.int8 or scale.shape != weight.shape[:1] or weight.dim() != 2:
             raise ValueError(f"{file}: {stored} must be the scales [rows] of an int8 matrix")
         found[name] = (file, stored, weight * scale.float()[:, None])
+    return bool(scales)
 
 
 def _tensor_names(model: MLPSpeculator) -> dict[str, Tensor]:

@@ -471,6 +471,7 @@ def test_weights_in_int8(tmp_path):
     speculator = train.new_speculator(SpeculatorArgs.from_config(config), texts, 3, "cpu")
     train.save_speculator(speculator, config, tmp_path, "int8")
     loaded = load_speculator(tmp_path)
+    assert loaded.eight_bit and not speculator.eight_bit
     stored = load_file(tmp_path / "model.safetensors")
     assert stored["speculator.proj.1.weight"].dtype == torch.int8
     for name, param in speculator.named_parameters():
