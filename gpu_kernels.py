@@ -844,10 +844,12 @@ def joined(head: Tensor, proj: Tensor) -> Tensor | None:
 
 # --- choosing tokens ---------------------------------------------------------------------------
 # fastspec.py's `kept_tokens`, `noise` and argmax. A pass of `_search` tries 32 thresholds at once
-# where the plain search tries one: six passes find 30 bits.
+# where the plain search tries one: six passes find 30 bits. Few programs, which run at the same
+# time, wait for each other between the passes.
 
-BLOCK = 4096  # tokens of a program
+BLOCK = 4096  # tokens of a program at most
 PIECE = 512  # of which so many at once
+AT_ONCE = 256  # programs of 128 threads that a GPU is sure to run at the same time
 
 
 @triton.jit
@@ -888,20 +890,33 @@ def _found(sums, found, goal, row, blocks, shift, BLOCKS: tl.constexpr):
     reaches the goal, added to the bits found before."""
     b, j = tl.arange(0, BLOCKS), tl.arange(0, 32)
     at = (row * blocks + b)[:, None] * 32 + j[None, :]
-    total = tl.sum(tl.load(sums + at, mask=(b < blocks)[:, None], other=0.0), axis=0)
+    known = (b < blocks)[:, None]
+    total = tl.sum(tl.load(sums + at, mask=known, other=0.0, cache_modifier=".cg"), axis=0)
     best = tl.max(tl.where(total >= goal, j, 0), axis=0)
     return found | (best << shift), tl.max(total, axis=0)
 
 
-@triton.jit(do_not_specialize=["stage"])
+@triton.jit
+def _meet(arrived, goal):
+    """Return when so many programs have come here: what they stored before can be read."""
+    tl.debug_barrier()
+    came = tl.atomic_add(arrived, 1, sem="acq_rel") + 1
+    while came < goal:
+        came = tl.atomic_add(arrived, 0, sem="acquire")
+    tl.debug_barrier()
+
+
+@triton.jit(do_not_specialize=["first", "last"])
 def _search(
-    logits, tops, temperature, setting, top_k, k_found, found, goal, sums, stage, V, n, blocks,
+    logits, tops, temperature, setting, top_k, k_found, found, goal, sums, count, first, last, V,
+    n, blocks,
     BY_MASS: tl.constexpr, BLOCK: tl.constexpr, PIECE: tl.constexpr, BLOCKS: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """One pass of the search of one row: the count (top-k) or mass (top-p) that each of 32
-    thresholds on exp((logit - max) / T) leaves in this block, into sums[stage]. A pass begins by
-    reading what the one before left; the seventh does nothing else."""
+    """Passes first .. last of the search of one row: the count (top-k) or mass (top-p) that each of
+    32 thresholds on exp((logit - max) / T) leaves in this block, into sums[stage]. A pass begins by
+    reading what the one before left; pass 6 does nothing else. The programs of a row meet between
+    two passes, at its place in `count`, which is 0 again at the end."""
     row, block = tl.program_id(0), tl.program_id(1)
     rows = tl.num_programs(0)
     if PDL:
@@ -910,43 +925,49 @@ def _search(
     wanted = tl.load(setting + row // n)
     active = wanted < 1 if BY_MASS else wanted > 0
     if active:
-        size = rows * blocks * 32
-        bits, aim = tl.zeros([], dtype=tl.int32), wanted.to(tl.float32)
-        if stage > 0:
-            last = sums + (stage - 1) * size
-            if stage > 1:
-                bits = tl.load(found + (stage - 1) * rows + row)
-                if BY_MASS:
-                    aim = tl.load(goal + row)
-            elif BY_MASS:  # of what top-k left: the mass above threshold 0
-                _, left = _found(last, 0, 0.0, row, blocks, 0, BLOCKS)
-                aim = wanted * left
-            bits, _ = _found(last, bits, aim, row, blocks, 30 - 5 * stage, BLOCKS)
-            if block == 0:
-                tl.store(found + stage * rows + row, bits)
-                if BY_MASS:
-                    tl.store(goal + row, aim)
-        if stage < 6:
-            b = tl.arange(0, BLOCKS)
-            top = tl.load(tops + row * blocks + b, mask=b < blocks, other=float("-inf"))
-            top = tl.max(top, axis=0)
-            scale = 1 / tl.maximum(tl.load(temperature + row // n), 1e-6)
-            threshold = (bits | (tl.arange(0, 32) << (25 - 5 * stage))).to(tl.float32, bitcast=True)
-            floor = 0.0
-            if BY_MASS and top_k is not None:
-                bits_k = tl.load(k_found + 6 * rows + row)
-                by_count = tl.load(top_k + row // n) > 0
-                floor = tl.where(by_count, bits_k.to(tl.float32, bitcast=True), floor)
-            total = tl.zeros([32], dtype=tl.float32)
-            for start in range(0, BLOCK, PIECE):
-                v = block * BLOCK + start + tl.arange(0, PIECE)
-                x = tl.load(logits + row.to(tl.int64) * V + v, mask=v < V, other=float("-inf"))
-                p = tl.exp((x - top) * scale)
-                worth = tl.where((v < V) & (p >= floor), p if BY_MASS else 1.0, 0.0)
-                reached = p[:, None] >= threshold[None, :]
-                total += tl.sum(tl.where(reached, worth[:, None], 0.0), axis=0)
-            here = (row * blocks + block) * 32 + tl.arange(0, 32)
-            tl.store(sums + stage * size + here, total)
+        size, b = rows * blocks * 32, tl.arange(0, BLOCKS)
+        top = tl.load(tops + row * blocks + b, mask=b < blocks, other=float("-inf"))
+        top = tl.max(top, axis=0)
+        scale = 1 / tl.maximum(tl.load(temperature + row // n), 1e-6)
+        floor = 0.0
+        if BY_MASS and top_k is not None:
+            bits_k = tl.load(k_found + 6 * rows + row)
+            by_count = tl.load(top_k + row // n) > 0
+            floor = tl.where(by_count, bits_k.to(tl.float32, bitcast=True), floor)
+        for stage in range(first, last + 1):
+            bits, aim = tl.zeros([], dtype=tl.int32), wanted.to(tl.float32)
+            if stage > 0:
+                before = sums + (stage - 1) * size
+                if stage > 1:
+                    bits = tl.load(found + (stage - 1) * rows + row, cache_modifier=".cg")
+                    if BY_MASS:
+                        aim = tl.load(goal + row, cache_modifier=".cg")
+                elif BY_MASS:  # of what top-k left: the mass above threshold 0
+                    _, left = _found(before, 0, 0.0, row, blocks, 0, BLOCKS)
+                    aim = wanted * left
+                bits, _ = _found(before, bits, aim, row, blocks, 30 - 5 * stage, BLOCKS)
+                if block == 0:
+                    tl.store(found + stage * rows + row, bits)
+                    if BY_MASS:
+                        tl.store(goal + row, aim)
+            if stage < 6:
+                tried = bits | (tl.arange(0, 32) << (25 - 5 * stage))
+                threshold = tried.to(tl.float32, bitcast=True)
+                total = tl.zeros([32], dtype=tl.float32)
+                for start in range(0, BLOCK, PIECE):
+                    v = block * BLOCK + start + tl.arange(0, PIECE)
+                    x = tl.load(logits + row.to(tl.int64) * V + v, mask=v < V, other=float("-inf"))
+                    p = tl.exp((x - top) * scale)
+                    worth = tl.where((v < V) & (p >= floor), p if BY_MASS else 1.0, 0.0)
+                    reached = p[:, None] >= threshold[None, :]
+                    total += tl.sum(tl.where(reached, worth[:, None], 0.0), axis=0)
+                here = (row * blocks + block) * 32 + tl.arange(0, 32)
+                tl.store(sums + stage * size + here, total)
+            if stage < last:
+                _meet(count + row, (stage - first + 1) * blocks)
+        if first < last:
+            came = tl.atomic_add(count + row, 1, sem="acq_rel")
+            tl.store(count + row, 0, mask=came == (last - first + 1) * blocks - 1)
 
 
 @triton.jit
@@ -1009,20 +1030,24 @@ def choose(
     """
     B, n, V = logits.shape
     assert B * n <= MOST_TILES
-    blocks = triton.cdiv(V, BLOCK)
-    options = {"BLOCK": BLOCK, "BLOCKS": triton.next_power_of_2(blocks), **pdl(logits)}
+    few = (b for b in (BLOCK // 4, BLOCK // 2) if B * n * triton.cdiv(V, b) <= AT_ONCE)
+    block = next(few, BLOCK)  # the smallest, if its programs run at the same time
+    blocks = triton.cdiv(V, block)
+    options = {"BLOCK": block, "BLOCKS": triton.next_power_of_2(blocks), **pdl(logits)}
     grid, floats = (B * n, blocks), {"dtype": torch.float32, "device": logits.device}
     tops = k_found = p_found = None
     if top_p is not None:
         tops = torch.empty(B * n, blocks, **floats)
-        _row_max[grid](logits, tops, V, BLOCK=BLOCK, **pdl(logits))
+        _row_max[grid](logits, tops, V, BLOCK=block, **pdl(logits))
         k_found, p_found = torch.empty(2, 7, B * n, dtype=torch.int32, device=logits.device)
         sums, goal = torch.empty(6, B * n, blocks, 32, **floats), torch.empty(B * n, **floats)
+        passes = 7 if logits.is_cuda and B * n * blocks <= AT_ONCE else 1  # of a launch
         for setting, found, by_mass in ((top_k, k_found, False), (top_p, p_found, True)):
-            for stage in range(7 if setting is not None else 0):
-                _search[(B * n, blocks if stage < 6 else 1)](
-                    logits, tops, temperature, setting, top_k, k_found, found, goal, sums, stage,
-                    V, n, blocks, BY_MASS=by_mass, PIECE=PIECE, **options,
+            for first in range(0, 7 if setting is not None else 0, passes):
+                _search[(B * n, blocks if first < 6 else 1)](
+                    logits, tops, temperature, setting, top_k, k_found, found, goal, sums,
+                    counters(logits.device), first, first + passes - 1, V, n, blocks,
+                    BY_MASS=by_mass, PIECE=PIECE, **options,
                 )  # fmt: skip
     best = torch.empty(B * n, blocks, 2, **floats)
     out = torch.empty(B, n, dtype=torch.int64, device=logits.device)
