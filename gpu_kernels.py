@@ -251,6 +251,18 @@ def tiling(R: int, C: int, M: int, itemsize: int = 2) -> dict:
         deep = 1024 if (C > 4096 and many) or C > 8192 else 512
         return tile | {"ROWS": 1, "DEEP": deep, "SPLITS": splits}
     few, wide = M <= 16, M > 32
+    if few and small and not many and itemsize == 2 and C % 64 == 0:
+        tile = {"ROWS": 16, "TILE": TILE, "SPLITS": 1, "DEEP": 64, "PIECE": 512, "num_warps": 4}
+        if M > 8:
+            tile["SPLITS"] = C // 512 if C % 512 == 0 else 1
+        elif R > 1024:
+            tile |= {"ROWS": 8, "PIECE": 128, "APART": True}
+        else:
+            tile |= {"ROWS": 8, "TILE": TILE // 2, "num_warps": 2}
+            if R == C:
+                tile |= {"PIECE": 256, "APART": True}
+        if tile["TILE"] * C // tile["SPLITS"] <= 48 * 1024:
+            return tile | {"num_stages": 3}
     splits = 1 if many else 2 if wide else 4
     if few:
         splits = 1 if R >= 256 * TILE else 2 if R >= 80 * TILE else 4
