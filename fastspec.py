@@ -998,13 +998,13 @@ class LLM:
     {"model": directory or hub id, "method": "mlp_speculator", "num_speculative_tokens": int,
     "revision": str, "tree": int, "top_k_tokens_per_head": list of int, "draft_dtype": "auto" or
     "int8", "draft_tensor_parallel_size": int}, all but "model" optional; "tree" is how many nodes a
-    step verifies, 0 for a chain (unset: 16 for one row on one GPU, else a chain); int8 keeps its
-    matrices in 8 bits on a GPU, as those stored so always are. dtype "auto" is float16 or bfloat16
-    on a GPU, as the checkpoint says; on a CPU float32, or bfloat16 if it has instructions for that
-    and the weights are stored in it. `compile` None means: on a GPU. tensor_parallel_size GPUs
-    share the target, and the speculator too where its own size (1, if not given) is the same.
-    Raises ValueError for what does not fit before reading weights; `load=False` leaves these to a
-    later `load()`, so that prompts can be checked first, too.
+    step verifies, 0 for a chain (unset: on one GPU 16 for one row, 8 for up to four, else a chain);
+    int8 keeps its matrices in 8 bits on a GPU, as those stored so always are. dtype "auto" is
+    float16 or bfloat16 on a GPU, as the checkpoint says; on a CPU float32, or bfloat16 if it has
+    instructions for that and the weights are stored in it. `compile` None means: on a GPU.
+    tensor_parallel_size GPUs share the target, and the speculator too where its own size (1, if not
+    given) is the same. Raises ValueError for what does not fit before reading weights; `load=False`
+    leaves these to a later `load()`, so that prompts can be checked first, too.
     """
 
     engine_class = Engine
@@ -1044,8 +1044,9 @@ class LLM:
             )
         self.batch_size, self.max_seq_len = batch_size, max_seq_len
         self.compiled = self.device.type == "cuda" if compile is None else compile
-        alone = self.device.type == "cuda" and batch_size == tensor_parallel_size == 1
-        self.usual_tree = TREE if alone and self.compiled else 0
+        one_gpu = self.device.type == "cuda" and tensor_parallel_size == 1 and self.compiled
+        usual = (nodes for rows, nodes in TREES if one_gpu and batch_size <= rows)
+        self.usual_tree = next(usual, 0)
         self.speculator_dir, self.speculator_args, self.k = None, None, 0
         self.tree, self.top_k_tokens_per_head = 0, ()
         if speculative_config is not None:
@@ -1432,7 +1433,8 @@ def check_parallel_sizes(size: int, draft_size: int, device: torch.device) -> No
 
 
 MOST_NODES = 64
-TREE = 16  # nodes where none are asked for, with one row on one GPU: measured to be the fastest
+# Up to how many rows on one GPU a tree, of how many nodes, is verified where none is asked for.
+TREES = ((1, 16), (4, 8))  # measured to be the fastest with the demo's model
 
 
 def read_tree(
@@ -1534,7 +1536,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--speculator", help="directory or hub id; unset: the demo's, or none for a --checkpoint")
     add("--speculator-revision", help="revision of a speculator from the hub")
     add("--num-draft-tokens", type=int, help="tokens drafted per step; 0: none; unset: all heads")
-    tree = "verify a tree of N nodes per step; 0: a chain; unset: 16 for one row on a GPU"
+    tree = "verify a tree of N nodes per step; 0: a chain; unset: on a GPU 16, up to 4 rows 8"
     add("--tree", type=int, metavar="N", help=tree)
     add("--draft-dtype", choices=["int8"], help="keep the speculator's matrices in 8 bits (GPU)")
     add("--top-k-tokens-per-head", type=integers, metavar="4,3,..", help="children in a tree")
