@@ -226,7 +226,7 @@ def training_text(
 # --- hidden states and loss ---------------------------------------------------------------------
 
 FORWARD_TOKENS = 32768  # that the frozen target computes together
-DEEP = 2  # the first head that is trained on half the positions
+HALVED = (2, 4)  # heads before which half as many positions are drawn
 
 
 @dataclass
@@ -287,8 +287,8 @@ class HeadLosses(nn.Module):
     """Cross-entropy of every head against the target's own distribution at T = SAMPLED.
 
     A head counts only where those before it are right: each position weighs as much as the square
-    root of how likely that is, by the probabilities they give to the target's tokens. For the same
-    reason the heads from DEEP on learn from the first half of a batch only."""
+    root of how likely that is, by the probabilities they give to the target's tokens. Later heads
+    learn from fewer positions, which are drawn in proportion to that and then weigh the same."""
 
     def __init__(self, speculator: MLPSpeculator, output: Tensor):
         super().__init__()
@@ -300,18 +300,23 @@ class HeadLosses(nn.Module):
     def forward(self, state: Tensor, tokens: Tensor, teacher: Tensor, inside: Tensor) -> Tensor:
         """Loss [n] of the heads; see States.examples for the arguments."""
         losses, speculator = [], self.speculator
-        weight = torch.ones(len(state), device=state.device)
+        weight, positions = torch.ones(len(state), device=state.device), inside.sum(0)
         state = speculator.start(state)
         for i in range(inside.shape[1]):
-            if i == DEEP:
-                few = (len(state) + 1) // 2
-                state, weight, tokens = state[:few], weight[:few], tokens[:few]
-                teacher, inside = teacher[:few], inside[:few]
+            if i in HALVED:
+                few, sums = (len(state) + 1) // 2, (weight * inside[:, i]).cumsum(0)
+                share = sums[-1] / few
+                aim = (torch.arange(few, device=sums.device) + 0.5) * share
+                drawn = torch.searchsorted(sums, aim).clamp(max=len(sums) - 1)
+                state, tokens, teacher, inside = (
+                    x[drawn] for x in (state, tokens, teacher, inside)
+                )
+                weight = share.expand(few)
             state, logits = speculator.step(i, state, tokens[:, i])
             wanted = (F.linear(teacher[:, i], self.output).float() / SAMPLED).softmax(-1)
             drafted = logits.log_softmax(-1)  # [M, V or drafted]
             loss = -(wanted * drafted).sum(-1) * weight * inside[:, i]
-            losses.append(loss.sum() / inside[:, i].sum().clamp(min=1))
+            losses.append(loss.sum() / positions[i].clamp(min=1))
             token, most = tokens[:, i + 1], drafted.shape[1] - 1
             column = token if speculator.emb_row is None else speculator.emb_row[token]
             right = drafted.gather(1, column.clamp(max=most)[:, None])[:, 0].exp()
@@ -426,7 +431,7 @@ def train(args: Namespace, target: Transformer, losses: HeadLosses, texts: list,
     for name in state.keys() & parts:
         parts[name].load_state_dict(state[name])
     start, rows, seen = state.get("step", 0), state.get("rows", []), 0
-    clock = time.perf_counter()
+    clock = saved = time.perf_counter()
     examples = batches(target, texts, n, args, start)
     steps = range(start + 1, args.steps + 1)
     mixed = held_out.hidden.dtype != torch.float32
@@ -451,7 +456,8 @@ def train(args: Namespace, target: Transformer, losses: HeadLosses, texts: list,
             rows.append(row | acceptance(speculator, held_out))
             bar.set_postfix_str(f"loss {sum(found):.3f}, {speed} tokens/s", refresh=False)
             write_whole(args.output / "metrics.jsonl", "".join(f"{json.dumps(r)}\n" for r in rows))
-        if args.rank == 0 and (logged or time.perf_counter() - clock > SAVE_SECONDS):
+            clock, seen = time.perf_counter(), 0
+        if args.rank == 0 and (step == args.steps or time.perf_counter() - saved > SAVE_SECONDS):
             state = {name: part.state_dict() for name, part in parts.items()}
             try:
                 torch.save(state | {"step": step, "rows": rows}, file.with_suffix(".tmp"))
@@ -459,7 +465,7 @@ def train(args: Namespace, target: Transformer, losses: HeadLosses, texts: list,
                 cannot = f"{file} cannot be written; is the disk full?"
                 raise OSError(f"{cannot} ({one_line(error)})") from None
             file.with_suffix(".tmp").replace(file)  # whole, or the one before
-            clock, seen = time.perf_counter(), 0
+            saved = time.perf_counter()
 
 
 # --- evaluation and files -----------------------------------------------------------------------
