@@ -855,13 +855,20 @@ def joined(head: Tensor, proj: Tensor) -> Tensor | None:
 
 
 # --- choosing tokens ---------------------------------------------------------------------------
-# fastspec.py's `kept_tokens`, `noise` and argmax. A pass of `_search` tries 32 thresholds at once
-# where the plain search tries one: six passes find 30 bits. Few programs, which run at the same
-# time, wait for each other between the passes.
+# fastspec.py's `kept_tokens`, `noise` and argmax. Where tokens are filtered, the programs of a row
+# run at the same time and wait for each other: the choice among all tokens is taken if the filters
+# keep it, as they mostly do; if not, they keep none of its probability or less, and the choice among
+# the more probable ones is next. Only top-k, of whose mass top-p is a share, searches its threshold.
 
-BLOCK = 4096  # tokens of a program at most
-PIECE = 512  # of which so many at once
-AT_ONCE = 256  # programs of 128 threads that a GPU is sure to run at the same time
+BLOCK = 4096  # tokens of a program
+PIECE = 512  # of a longer part, so many at once
+
+
+@functools.cache
+def at_once(device: torch.device) -> int:
+    """Programs of 128 threads that are sure to run at the same time; the interpreter's do not."""
+    on_gpu = device.type == "cuda"
+    return 2 * torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 1
 
 
 @triton.jit
@@ -886,29 +893,6 @@ def _noise(seed, position, token):
 
 
 @triton.jit
-def _row_max(logits, tops, V, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    row, block = tl.program_id(0), tl.program_id(1)
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
-    v = block * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(logits + row.to(tl.int64) * V + v, mask=v < V, other=float("-inf"))
-    tl.store(tops + row * tl.num_programs(1) + block, tl.max(x, axis=0))
-
-
-@triton.jit
-def _found(sums, found, goal, row, blocks, shift, BLOCKS: tl.constexpr):
-    """The bits known after the pass that left these sums: the largest of its 32 thresholds that
-    reaches the goal, added to the bits found before."""
-    b, j = tl.arange(0, BLOCKS), tl.arange(0, 32)
-    at = (row * blocks + b)[:, None] * 32 + j[None, :]
-    known = (b < blocks)[:, None]
-    total = tl.sum(tl.load(sums + at, mask=known, other=0.0, cache_modifier=".cg"), axis=0)
-    best = tl.max(tl.where(total >= goal, j, 0), axis=0)
-    return found | (best << shift), tl.max(total, axis=0)
-
-
-@triton.jit
 def _meet(arrived, goal):
     """Return when so many programs have come here: what they stored before can be read."""
     tl.debug_barrier()
@@ -918,103 +902,148 @@ def _meet(arrived, goal):
     tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["first", "last"])
-def _search(
-    logits, tops, temperature, setting, top_k, k_found, found, goal, sums, count, first, last, V,
-    n, blocks,
-    BY_MASS: tl.constexpr, BLOCK: tl.constexpr, PIECE: tl.constexpr, BLOCKS: tl.constexpr,
-    PDL: tl.constexpr,
+@triton.jit
+def _top_k(
+    logits, temperature, top_k, least, tops, sums, count, V, n, size, blocks,
+    PIECE: tl.constexpr, BLOCKS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Passes first .. last of the search of one row: the count (top-k) or mass (top-p) that each of
-    32 thresholds on exp((logit - max) / T) leaves in this block, into sums[stage]. A pass begins by
-    reading what the one before left; pass 6 does nothing else. The programs of a row meet between
-    two passes, at its place in `count`, which is 0 again at the end."""
-    row, block = tl.program_id(0), tl.program_id(1)
-    rows = tl.num_programs(0)
+    """least [rows]: the largest threshold on exp((logit - max) / T) that top_k tokens reach, or 0.
+    Six passes find its 30 bits: each counts how many tokens reach 32 thresholds."""
+    row, block, rows = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    wanted = tl.load(setting + row // n)
-    active = wanted < 1 if BY_MASS else wanted > 0
-    if active:
-        size, b = rows * blocks * 32, tl.arange(0, BLOCKS)
-        top = tl.load(tops + row * blocks + b, mask=b < blocks, other=float("-inf"))
-        top = tl.max(top, axis=0)
+    at, j = tl.arange(0, PIECE), tl.arange(0, 32)
+    begin, end = block * size, tl.minimum(block * size + size, V)
+    x_at, b = logits + row.to(tl.int64) * V, tl.arange(0, BLOCKS)
+    wanted, bits = tl.load(top_k + row // n), tl.zeros([], dtype=tl.int32)
+    if wanted > 0:
         scale = 1 / tl.maximum(tl.load(temperature + row // n), 1e-6)
-        floor = 0.0
-        if BY_MASS and top_k is not None:
-            bits_k = tl.load(k_found + 6 * rows + row)
-            by_count = tl.load(top_k + row // n) > 0
-            floor = tl.where(by_count, bits_k.to(tl.float32, bitcast=True), floor)
-        for stage in range(first, last + 1):
-            bits, aim = tl.zeros([], dtype=tl.int32), wanted.to(tl.float32)
-            if stage > 0:
-                before = sums + (stage - 1) * size
-                if stage > 1:
-                    bits = tl.load(found + (stage - 1) * rows + row, cache_modifier=".cg")
-                    if BY_MASS:
-                        aim = tl.load(goal + row, cache_modifier=".cg")
-                elif BY_MASS:  # of what top-k left: the mass above threshold 0
-                    _, left = _found(before, 0, 0.0, row, blocks, 0, BLOCKS)
-                    aim = wanted * left
-                bits, _ = _found(before, bits, aim, row, blocks, 30 - 5 * stage, BLOCKS)
-                if block == 0:
-                    tl.store(found + stage * rows + row, bits)
-                    if BY_MASS:
-                        tl.store(goal + row, aim)
-            if stage < 6:
-                tried = bits | (tl.arange(0, 32) << (25 - 5 * stage))
-                threshold = tried.to(tl.float32, bitcast=True)
-                total = tl.zeros([32], dtype=tl.float32)
-                for start in range(0, BLOCK, PIECE):
-                    v = block * BLOCK + start + tl.arange(0, PIECE)
-                    x = tl.load(logits + row.to(tl.int64) * V + v, mask=v < V, other=float("-inf"))
-                    p = tl.exp((x - top) * scale)
-                    worth = tl.where((v < V) & (p >= floor), p if BY_MASS else 1.0, 0.0)
-                    reached = p[:, None] >= threshold[None, :]
-                    total += tl.sum(tl.where(reached, worth[:, None], 0.0), axis=0)
-                here = (row * blocks + block) * 32 + tl.arange(0, 32)
-                tl.store(sums + stage * size + here, total)
-            if stage < last:
-                _meet(count + row, (stage - first + 1) * blocks)
-        if first < last:
-            came = tl.atomic_add(count + row, 1, sem="acq_rel")
-            tl.store(count + row, 0, mask=came == (last - first + 1) * blocks - 1)
+        most = tl.full([PIECE], float("-inf"), dtype=tl.float32)
+        for start in range(begin, end, PIECE):
+            x = tl.load(x_at + start + at, mask=start + at < end, other=float("-inf"))
+            most = tl.maximum(most, x)
+        tl.store(tops + row * blocks + block, tl.max(most, axis=0))
+        _meet(count + row, blocks)
+        top_at = tops + row * blocks + b
+        top = tl.load(top_at, mask=b < blocks, other=float("-inf"), cache_modifier=".cg")
+        top = tl.max(top, axis=0)
+        for i in range(6):
+            threshold = (bits | (j << (25 - 5 * i))).to(tl.float32, bitcast=True)
+            total = tl.zeros([32], dtype=tl.float32)
+            for start in range(begin, end, PIECE):
+                known = start + at < end
+                x = tl.load(x_at + start + at, mask=known, other=float("-inf"))
+                p = tl.exp((x - top) * scale)
+                reached = known[:, None] & (p[:, None] >= threshold[None, :])
+                total += tl.sum(reached.to(tl.float32), axis=0)
+            here = sums + ((i % 2) * rows + row) * blocks * 32
+            tl.store(here + block * 32 + j, total)
+            _meet(count + row, (i + 2) * blocks)
+            sums_at, known = here + b[:, None] * 32 + j[None, :], (b < blocks)[:, None]
+            total = tl.load(sums_at, mask=known, other=0.0, cache_modifier=".cg")
+            found = tl.sum(total, axis=0) >= wanted
+            bits |= tl.max(tl.where(found, j, 0), axis=0) << (25 - 5 * i)
+        if tl.atomic_add(count + row, 1, sem="acq_rel") == 8 * blocks - 1:
+            tl.store(count + row, 0)
+    if block == 0:
+        tl.store(least + row, bits.to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def _filtered(
+    logits, ids, temperature, seed, position, top_p, min_p, least, part, out, count, V, n, size,
+    blocks, PIECE: tl.constexpr, BLOCKS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """argmax of logits + T * noise over the tokens that `least` of top-k, top-p and min-p keep."""
+    row, block, rows = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    at, b = tl.arange(0, PIECE), tl.arange(0, BLOCKS)
+    begin, end = block * size, tl.minimum(block * size + size, V)
+    x_at, known = logits + row.to(tl.int64) * V, b < blocks
+    T, of, where = tl.load(temperature + row // n), tl.load(seed + row // n), tl.load(position + row)
+    share, reached = tl.load(top_p + row // n), tl.load(min_p + row // n)
+    if least is not None:
+        from_k = tl.load(least + row)
+    scale = 1 / tl.maximum(T, 1e-6)
+    here, field = part + row * blocks + block, rows * blocks
+    row_at = part + row * blocks + b
+    low, going, meetings = tl.full([], float("-inf"), dtype=tl.float32), True, 0
+    while going:
+        best = tl.full([PIECE], float("-inf"), dtype=tl.float32)
+        most, column = best, begin + at
+        for start in range(begin, end, PIECE):
+            v = start + at
+            x = tl.load(x_at + v, mask=v < end, other=float("-inf"))
+            token = v
+            if ids is not None:
+                token = tl.load(ids + v, mask=v < end, other=0)
+            score = tl.where(x > low, x + T * _noise(of, where, token), float("-inf"))
+            column = tl.where(score > best, v, column)
+            best, most = tl.maximum(best, score), tl.maximum(most, x)
+        value = tl.max(best, axis=0)
+        first = tl.min(tl.where(best == value, column, V), axis=0)
+        tl.store(here, value)
+        tl.store(here + field, first.to(tl.float32, bitcast=True))
+        tl.store(here + 2 * field, tl.max(most, axis=0))
+        meetings += blocks
+        _meet(count + row, meetings)
+        values = tl.load(row_at, mask=known, other=float("-inf"), cache_modifier=".cg")
+        columns = tl.load(row_at + field, mask=known, other=0.0, cache_modifier=".cg")
+        tops = tl.load(row_at + 2 * field, mask=known, other=float("-inf"), cache_modifier=".cg")
+        first = tl.argmax(values, axis=0)  # of equal ones the first, as torch's
+        chosen = tl.sum(tl.where(b == first, columns.to(tl.int32, bitcast=True), 0), axis=0)
+        chosen = tl.minimum(chosen, V - 1)
+        top, its = tl.max(tops, axis=0), tl.load(x_at + chosen)
+        above = tl.zeros([PIECE], dtype=tl.float32)
+        total = above
+        for start in range(begin, end, PIECE):
+            v = start + at
+            x = tl.load(x_at + v, mask=v < end, other=float("-inf"))
+            p = tl.exp((x - top) * scale)
+            if least is not None:
+                p = tl.where(p >= from_k, p, 0.0)
+            above += tl.where(x > its, p, 0.0)
+            total += p
+        tl.store(here + 3 * field, tl.sum(above, axis=0))
+        tl.store(here + 4 * field, tl.sum(total, axis=0))
+        meetings += blocks
+        _meet(count + row, meetings)
+        above = tl.load(row_at + 3 * field, mask=known, other=0.0, cache_modifier=".cg")
+        total = tl.load(row_at + 4 * field, mask=known, other=0.0, cache_modifier=".cg")
+        p = tl.exp((its - top) * scale)
+        kept = (share >= 1) | (tl.sum(above, axis=0) < share * tl.sum(total, axis=0))
+        kept &= p >= reached
+        if least is not None:
+            kept &= p >= from_k
+        if block == 0:
+            tl.store(out + row, chosen.to(tl.int64))
+        going = (kept == 0) & (its > low)  # always, if logits are numbers
+        low = its
+    if tl.atomic_add(count + row, 1, sem="acq_rel") == meetings + blocks - 1:
+        tl.store(count + row, 0)
 
 
 @triton.jit
 def _choose(
-    logits, ids, temperature, seed, position, tops, top_k, top_p, min_p, k_found, p_found,
-    best, out, count, V, n, blocks,
+    logits, ids, temperature, seed, position, best, out, count, V, n, blocks,
     BLOCK: tl.constexpr, BLOCKS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """argmax over the kept tokens of logits + T * noise; the last block of a row compares all."""
+    """argmax of logits + T * noise; the last block of a row compares all."""
     row, block = tl.program_id(0), tl.program_id(1)
-    rows = tl.num_programs(0)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     v, b = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, BLOCKS)
-    x = tl.load(logits + row.to(tl.int64) * V + v, mask=v < V, other=float("-inf"))
-    score = x
+    score = tl.load(logits + row.to(tl.int64) * V + v, mask=v < V, other=float("-inf"))
     if temperature is not None:
-        T = tl.load(temperature + row // n)
         token = v
         if ids is not None:
             token = tl.load(ids + v, mask=v < V, other=0)
-        score += T * _noise(tl.load(seed + row // n), tl.load(position + row), token)
-        if top_p is not None:
-            top = tl.load(tops + row * blocks + b, mask=b < blocks, other=float("-inf"))
-            p = tl.exp((x - tl.max(top, axis=0)) * (1 / tl.maximum(T, 1e-6)))
-            least = tl.load(min_p + row // n)
-            if top_k is not None:
-                bits = tl.load(k_found + 6 * rows + row)
-                reached = tl.maximum(least, bits.to(tl.float32, bitcast=True))
-                least = tl.where(tl.load(top_k + row // n) > 0, reached, least)
-            if tl.load(top_p + row // n) < 1:
-                bits = tl.load(p_found + 6 * rows + row)
-                least = tl.maximum(least, bits.to(tl.float32, bitcast=True))
-            score = tl.where(p >= least, score, float("-inf"))
+        noise = _noise(tl.load(seed + row // n), tl.load(position + row), token)
+        score += tl.load(temperature + row // n) * noise
     value, where = tl.max(score, axis=0, return_indices=True)
     here = best + (row * blocks + block) * 2
     tl.store(here, value)
@@ -1041,32 +1070,32 @@ def choose(
     min_p [B], and top_k [B] or without, the tokens are filtered first.
     """
     B, n, V = logits.shape
-    assert B * n <= MOST_TILES
-    few = (b for b in (BLOCK // 4, BLOCK // 2) if B * n * triton.cdiv(V, b) <= AT_ONCE)
-    block = next(few, BLOCK)  # the smallest, if its programs run at the same time
-    blocks = triton.cdiv(V, block)
-    options = {"BLOCK": block, "BLOCKS": triton.next_power_of_2(blocks), **pdl(logits)}
-    grid, floats = (B * n, blocks), {"dtype": torch.float32, "device": logits.device}
-    tops = k_found = p_found = None
-    if top_p is not None:
-        tops = torch.empty(B * n, blocks, **floats)
-        _row_max[grid](logits, tops, V, BLOCK=block, **pdl(logits))
-        k_found, p_found = torch.empty(2, 7, B * n, dtype=torch.int32, device=logits.device)
-        sums, goal = torch.empty(6, B * n, blocks, 32, **floats), torch.empty(B * n, **floats)
-        passes = 7 if logits.is_cuda and B * n * blocks <= AT_ONCE else 1  # of a launch
-        for setting, found, by_mass in ((top_k, k_found, False), (top_p, p_found, True)):
-            for first in range(0, 7 if setting is not None else 0, passes):
-                _search[(B * n, blocks if first < 6 else 1)](
-                    logits, tops, temperature, setting, top_k, k_found, found, goal, sums,
-                    counters(logits.device), first, first + passes - 1, V, n, blocks,
-                    BY_MASS=by_mass, PIECE=PIECE, **options,
-                )  # fmt: skip
-    best = torch.empty(B * n, blocks, 2, **floats)
-    out = torch.empty(B, n, dtype=torch.int64, device=logits.device)
-    _choose[grid](
-        logits, ids, temperature, seed, position, tops, top_k, top_p, min_p, k_found, p_found,
-        best, out, counters(logits.device), V, n, blocks, **options,
-    )  # fmt: skip
+    rows, floats = B * n, {"dtype": torch.float32, "device": logits.device}
+    assert rows <= MOST_TILES
+    out, count = torch.empty(B, n, dtype=torch.int64, device=logits.device), counters(logits.device)
+    noisy = ids, temperature, seed, position
+    if top_p is None:
+        blocks = triton.cdiv(V, BLOCK)
+        best = torch.empty(rows, blocks, 2, **floats)
+        width = triton.next_power_of_2(blocks)
+        _choose[(rows, blocks)](
+            logits, *noisy, best, out, count, V, n, blocks, BLOCK=BLOCK, BLOCKS=width, **pdl(logits)
+        )
+        return out
+    size = triton.cdiv(V, max(at_once(logits.device) // rows, 1))
+    size = triton.cdiv(size, PIECE) * PIECE
+    blocks = triton.cdiv(V, size)
+    shape = V, n, size, blocks
+    options = {"BLOCKS": triton.next_power_of_2(blocks), **pdl(logits)}
+    least = None
+    if top_k is not None:
+        least, tops = torch.empty(rows, **floats), torch.empty(rows, blocks, **floats)
+        sums = torch.empty(2, rows, blocks, 32, **floats)
+        given = temperature, top_k, least, tops, sums, count
+        _top_k[(rows, blocks)](logits, *given, *shape, PIECE=PIECE // 4, **options)
+    part = torch.empty(5, rows, blocks, **floats)
+    given = top_p, min_p, least, part, out, count
+    _filtered[(rows, blocks)](logits, *noisy, *given, *shape, PIECE=PIECE, **options)
     return out
 
 

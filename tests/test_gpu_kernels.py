@@ -408,6 +408,34 @@ def test_choices_are_those_of_the_plain_sampling():
     assert not counters(logits.device).any()
 
 
+@pytest.mark.parametrize("share", [0.05, 0.5, 0.9])
+def test_a_choice_that_the_filters_drop_is_made_again(share):
+    """Of flat distributions, many choices are dropped, some several times in a row."""
+    torch.manual_seed(0)
+    B, n, V = 3, 40, 1300
+    logits, position = random(B, n, V, scale=0.7), torch.arange(B * n, device=DEVICE).view(B, n)
+    T, seed = torch.tensor([0.7, 1.0, 3.0], device=DEVICE), torch.arange(B, device=DEVICE)
+    top_p, none = torch.full((B,), share, device=DEVICE), torch.zeros(B, device=DEVICE)
+    keep = kept_tokens(logits, T, none, top_p, none)
+    noisy = logits + T[:, None, None] * noise(seed, position, torch.arange(V, device=DEVICE))
+    dropped = ~keep.take_along_dim(noisy.argmax(-1, keepdim=True), -1)
+    assert share > 0.8 or dropped.float().mean() > 0.3
+    expected = torch.where(keep, noisy, -torch.inf).argmax(-1)
+    assert torch.equal(choose(logits, None, position, T, seed, None, top_p, none), expected)
+    least = torch.full((B,), 0.5, device=DEVICE)  # of the most probable one's
+    keep = kept_tokens(logits, T, none, top_p + 1, least)
+    expected = torch.where(keep, noisy, -torch.inf).argmax(-1)
+    assert torch.equal(choose(logits, None, position, T, seed, None, top_p + 1, least), expected)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_logits_that_are_no_numbers_end_a_choice(bad):
+    logits, one = torch.full((1, 2, 700), bad, device=DEVICE), torch.ones(1, device=DEVICE)
+    settings = torch.zeros(1, 2, device=DEVICE), one, one.long(), one.long() * 5, one / 2, one / 9
+    assert ((chosen := choose(logits, None, *settings)) >= 0).all() and (chosen < 700).all()
+    assert not counters(logits.device).any()
+
+
 def test_equal_logits_choose_the_first():
     logits = torch.zeros(1, 1, BLOCK + 9, device=DEVICE)
     logits[..., [7, BLOCK + 3]] = 1.0
