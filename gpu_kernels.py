@@ -234,12 +234,15 @@ def tiling(R: int, C: int, M: int, itemsize: int = 2) -> dict:
     """How to cut a product of M rows with w [R, C] of so many bytes each, as measured on an H100
     and an H200: narrow matrices along C too, so that every multiprocessor has two tiles to load,
     and 80 kB of loads under way in each. One row needs no matrix instruction, only many loads, as
-    long as its weights fit in registers. AHEAD, where it is not said, is all."""
+    long as its weights fit in registers; eight take the smallest, which has no barriers. AHEAD,
+    where it is not said, is all."""
     many, small = R >= 96 * TILE, C <= 1536
     if M == 1 and (C <= 8192 or (C <= 16384 and C % 64 == 0)):
         splits, tile = 4 if C > 8192 else 1, {"TILE": 4, "num_warps": 4}
         if C > 8192:
             tile["TILE"] = 8
+        elif small and R < 10 * TILE:
+            tile["num_warps"] = 2
         elif small:
             tile["TILE"] = 8 if R > 1024 else 2
         elif not many:
@@ -258,9 +261,8 @@ def tiling(R: int, C: int, M: int, itemsize: int = 2) -> dict:
         elif R > 1024:
             tile |= {"ROWS": 8, "PIECE": 128, "APART": True}
         else:
-            tile |= {"ROWS": 8, "TILE": TILE // 2, "num_warps": 2}
-            if R == C:
-                tile |= {"PIECE": 256, "APART": True}
+            tile |= {"ROWS": 8, "TILE": TILE // 2, "PIECE": 256, "APART": True}
+            tile["num_warps"] = 2 if C < 1024 else 4
         if tile["TILE"] * C // tile["SPLITS"] <= 48 * 1024:
             return tile | {"num_stages": 3}
     splits = 1 if many else 2 if wide else 4
