@@ -5,9 +5,9 @@ instead of sixteen. A small batch moves every weight through the bus once and co
 each kernel is shaped to keep the bus busy:
 
 - `_linear`: a product of few rows. The weights are the matrix instruction's tall operand (mostly
-  64 rows of W), the tokens its narrow one (16, 32 or 64), loads are several tiles ahead of the
-  arithmetic, and matrices of few rows are cut along C so that every multiprocessor has work. One
-  token needs no matrix instruction.
+  64 rows of W), the tokens its narrow one (8, 16, 32 or 64), loads are several tiles ahead of the
+  arithmetic, and matrices of few rows, but for the smallest, are cut along C so that every
+  multiprocessor has work. One token needs no matrix instruction.
 - RMS norm costs no kernel: the producer of x also writes x * weight and the sums of x^2 by tile,
   and the next product scales its result by rsqrt(mean(x^2) + eps). SiLU, bias and the residual
   are applied where the result is written.
@@ -232,10 +232,11 @@ def _linear(
 
 def tiling(R: int, C: int, M: int, itemsize: int = 2) -> dict:
     """How to cut a product of M rows with w [R, C] of so many bytes each, as measured on an H100
-    and an H200: narrow matrices along C too, so that every multiprocessor has two tiles to load,
-    and 80 kB of loads under way in each. One row needs no matrix instruction, only many loads, as
-    long as its weights fit in registers; eight take the smallest, which has no barriers. AHEAD,
-    where it is not said, is all."""
+    and an H200: narrow matrices, but for the smallest, along C too, so that every multiprocessor
+    has two tiles to load, and 80 kB of loads under way in each. One row needs no matrix
+    instruction, only many loads, as long as its weights fit in registers; eight take the smallest,
+    which has no barriers. AHEAD, where it is not said, is all, PIECE what a part of it has at most,
+    and else DEEP."""
     many, small = R >= 96 * TILE, C <= 1536
     if M == 1 and (C <= 8192 or (C <= 16384 and C % 64 == 0)):
         splits, tile = 4 if C > 8192 else 1, {"TILE": 4, "num_warps": 4}
@@ -291,8 +292,9 @@ def tiling(R: int, C: int, M: int, itemsize: int = 2) -> dict:
 
 
 def pieces(n: int, most: int) -> tuple[int, ...]:
-    """Powers of two, of `most` at most, that add up to n."""
-    found = []
+    """Powers of two, of `most` at most, that add up to n, or to what 16 divides: a matrix
+    instruction takes no fewer."""
+    n, found = triton.cdiv(n, 16) * 16, []
     while n:
         found.append(min(most, 1 << (n.bit_length() - 1)))
         n -= found[-1]
@@ -859,8 +861,9 @@ def joined(head: Tensor, proj: Tensor) -> Tensor | None:
 # --- choosing tokens ---------------------------------------------------------------------------
 # fastspec.py's `kept_tokens`, `noise` and argmax. Where tokens are filtered, the programs of a row
 # run at the same time and wait for each other: the choice among all tokens is taken if the filters
-# keep it, as they mostly do; if not, they keep none of its probability or less, and the choice among
-# the more probable ones is next. Only top-k, of whose mass top-p is a share, searches its threshold.
+# keep it, as they mostly do. If not, they keep none of its probability or less, and the choice
+# among the more probable ones is next. Only top-k, of whose mass top-p is a share, searches its
+# threshold.
 
 BLOCK = 4096  # tokens of a program
 PIECE = 512  # of a longer part, so many at once
@@ -965,7 +968,11 @@ def _filtered(
     at, b = tl.arange(0, PIECE), tl.arange(0, BLOCKS)
     begin, end = block * size, tl.minimum(block * size + size, V)
     x_at, known = logits + row.to(tl.int64) * V, b < blocks
-    T, of, where = tl.load(temperature + row // n), tl.load(seed + row // n), tl.load(position + row)
+    T, of, where = (
+        tl.load(temperature + row // n),
+        tl.load(seed + row // n),
+        tl.load(position + row),
+    )
     share, reached = tl.load(top_p + row // n), tl.load(min_p + row // n)
     if least is not None:
         from_k = tl.load(least + row)
@@ -999,6 +1006,7 @@ def _filtered(
         chosen = tl.sum(tl.where(b == first, columns.to(tl.int32, bitcast=True), 0), axis=0)
         chosen = tl.minimum(chosen, V - 1)
         top, its = tl.max(tops, axis=0), tl.load(x_at + chosen)
+        its_p = tl.exp((its - top) * scale)
         above = tl.zeros([PIECE], dtype=tl.float32)
         total = above
         for start in range(begin, end, PIECE):
@@ -1007,7 +1015,7 @@ def _filtered(
             p = tl.exp((x - top) * scale)
             if least is not None:
                 p = tl.where(p >= from_k, p, 0.0)
-            above += tl.where(x > its, p, 0.0)
+            above += tl.where(p > its_p, p, 0.0)
             total += p
         tl.store(here + 3 * field, tl.sum(above, axis=0))
         tl.store(here + 4 * field, tl.sum(total, axis=0))
@@ -1015,11 +1023,10 @@ def _filtered(
         _meet(count + row, meetings)
         above = tl.load(row_at + 3 * field, mask=known, other=0.0, cache_modifier=".cg")
         total = tl.load(row_at + 4 * field, mask=known, other=0.0, cache_modifier=".cg")
-        p = tl.exp((its - top) * scale)
         kept = (share >= 1) | (tl.sum(above, axis=0) < share * tl.sum(total, axis=0))
-        kept &= p >= reached
+        kept &= its_p >= reached
         if least is not None:
-            kept &= p >= from_k
+            kept &= its_p >= from_k
         if block == 0:
             tl.store(out + row, chosen.to(tl.int64))
         going = (kept == 0) & (its > low)  # always, if logits are numbers

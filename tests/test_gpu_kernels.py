@@ -37,6 +37,7 @@ from gpu_kernels import (
     layers,
     lineage,
     next_state,
+    pieces,
     replace_linears,
     share,
     small,
@@ -184,6 +185,32 @@ def test_small_product_equals_plain(M, R, C, splits):
     # Sums of thousands, of which a gate below 0 leaves little: the error is theirs.
     torch.testing.assert_close(out, F.silu(gate) * up, rtol=1e-4, atol=2e-3)
     assert not counters(x.device).any()  # as the next kernel expects
+
+
+def test_pieces_are_such_as_a_matrix_instruction_takes():
+    assert pieces(0, 512) == ()
+    assert pieces(100, 512) == (64, 32, 16)
+    assert pieces(576, 128) == (128, 128, 128, 128, 64)
+
+
+@pytest.mark.parametrize("C", [20, 64, 100, 576, 1024])
+@pytest.mark.parametrize("M", [2, 8, 9, 16])
+def test_small_product_in_16_bits_equals_plain(M, C):
+    """The tiles of small matrices, whose rows and columns tiles divide or do not."""
+    torch.manual_seed(0)
+    for R in (100, 576, 1088):
+        x, w, residual = (random(*s) for s in ((M, C), (R, C), (M, R)))
+        half = [y.half() for y in (x, w / C**0.5, residual)]
+        x, w, residual = (y.float() for y in half)
+        squares = (x * x).view(M, 4, -1).sum(-1).T.contiguous()
+        normed = x * torch.rsqrt((x * x).mean(-1, keepdim=True) + 1e-5)
+        given, close = {"squares": squares, "eps": 1e-5}, {"rtol": 2e-3, "atol": 2e-3}
+        out, *_ = small(*half[:2], residual=half[2], **given)
+        torch.testing.assert_close(out.float(), F.linear(normed, w) + residual, **close)
+        gate, up = F.linear(normed, w).chunk(2, dim=-1)
+        out, *_ = small(*half[:2], gated=True, **given)
+        torch.testing.assert_close(out.float(), F.silu(gate) * up, **close)
+    assert not counters(x.device).any()
 
 
 def one_rank(y):

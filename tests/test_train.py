@@ -434,7 +434,6 @@ def test_later_heads_learn_from_positions_drawn_by_their_weight():
     torch.manual_seed(0)
     speculator = train.new_speculator(SpeculatorArgs(48, 32, 6, 97, tie_weights=True), [], 0, "cpu")
     losses, rows = HeadLosses(speculator, torch.randn(97, 48)), []
-    assert train.HALVED == (2, 4)
     for good in (True, False):
         hidden, tokens = torch.randn(1, 48), torch.randint(97, (1, 1))
         state = speculator.start(hidden)
@@ -447,7 +446,10 @@ def test_later_heads_learn_from_positions_drawn_by_their_weight():
     each = torch.stack([losses(*row) for row in rows])  # [3 n]
     assert (each[0] != each[1]).all() and (each[2, 1:] == 0).all()
     many = torch.tensor(random.Random(0).sample([0] * 600 + [1] * 1200 + [2] * 300, 2100))
+    computed, step = [], speculator.step
+    speculator.step = lambda i, state, token: computed.append(len(state)) or step(i, state, token)
     together = losses(*(torch.cat(parts)[many] for parts in zip(*rows, strict=True)))
+    assert computed == [2100, 2100, 1050, 1050, 525, 525]
     expected = each[many].sum(0) / torch.tensor([2100] + [1800] * 5)
     torch.testing.assert_close(together[:2], expected[:2])
     torch.testing.assert_close(together[2:], expected[2:], rtol=0.03, atol=0)

@@ -400,6 +400,22 @@ def test_a_tree_is_usual_where_it_is_more_than_a_chain():
     chain = SpeculatorArgs(48, 32, 3, 400, top_k_tokens_per_head=(1, 1, 1))
     assert fastspec.read_tree({}, chain, 3, 16) == (0, (1, 1, 1))
     assert fastspec.read_tree({"tree": 16}, chain, 3, 16) == (4, (1, 1, 1))
+    long = SpeculatorArgs(48, 32, 9, 400, top_k_tokens_per_head=(2,) * 9)
+    assert fastspec.read_tree({}, long, 9, 8) == (0, (2,) * 9)  # it could not hold the chain
+    assert fastspec.read_tree({"tree": 8}, long, 9, 8) == (8, (2,) * 9)
+
+
+def test_the_usual_tree_shrinks_with_the_batch(llama_dir, speculator_dir, monkeypatch):
+    def tree(**options):
+        config = {"model": str(speculator_dir)}
+        return fastspec.LLM(llama_dir, config, dtype="float32", load=False, **options).tree
+
+    assert tree(device="cpu") == 0
+    monkeypatch.setattr(fastspec, "choose_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(fastspec, "check_memory", lambda *_, **__: None)
+    assert [tree(batch_size=rows) for rows in (1, 2, 4, 5)] == [16, 8, 8, 0]
+    assert tree(compile=False) == 0
 
 
 BAD = {
