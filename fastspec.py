@@ -190,32 +190,52 @@ def wrap_int32(x: Tensor) -> Tensor:
     return (((x + 2**31) & 0xFFFFFFFF) - 2**31).int()
 
 
-def kept_tokens(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor):
-    """Mask [B, n, V] of the tokens that top-k, then top-p, and min-p leave; settings are [B].
+def probabilities(logits: Tensor, temperature: Tensor) -> Tensor:
+    """[B, n, V] of logits [B, n, V] at temperature [B]; at 0 all of it is the highest ones'."""
+    scaled = logits - logits.amax(-1, keepdim=True)
+    return (scaled / temperature[:, None, None].clamp_min(1e-6)).softmax(-1)
+
+
+def kept_tokens(
+    p: Tensor, top_k: Tensor | None, top_p: Tensor, min_p: Tensor, total: Tensor | None = None
+) -> Tensor:
+    """Mask [B, n, C] of the tokens that top-k (None: no row has one), then top-p, and min-p leave;
+    settings are [B]. p: their probabilities, of all tokens or, without top-k and with the mass
+    `total` [B, n, 1] of all, of `likely_tokens`.
 
     Each filter keeps every token whose probability reaches some threshold (tokens of equal
     probability stay together), so thresholds are searched for and nothing is sorted. As in
     transformers and vLLM, top-p counts the mass that top-k left.
     """
-    temperature, top_k, top_p, min_p = (
-        s[:, None, None] for s in (temperature, top_k, top_p, min_p)
-    )
-    scaled = (logits - logits.amax(-1, keepdim=True)) / temperature.clamp_min(1e-6)
-    p = scaled.softmax(-1)  # [B n V]
+    top_p, min_p = top_p[:, None, None], min_p[:, None, None]
+    least = min_p * p.amax(-1, keepdim=True)
+    if top_k is not None:
+        top_k = top_k[:, None, None]
 
-    def enough_tokens(t):
-        return (p >= t).sum(-1, keepdim=True) >= top_k
+        def enough_tokens(t):
+            return (p >= t).sum(-1, keepdim=True) >= top_k
 
-    least = torch.where(top_k > 0, largest_threshold(p, enough_tokens), 0.0)
-    p = torch.where(p >= least, p, 0.0)
-    wanted = top_p * p.sum(-1, keepdim=True)
+        of_k = torch.where(top_k > 0, largest_threshold(p, enough_tokens), 0.0)
+        least, p = torch.maximum(least, of_k), torch.where(p >= of_k, p, 0.0)
+    wanted = top_p * (mass(p) if total is None else total)
 
     def enough_mass(t):
-        return torch.where(p >= t, p, 0.0).sum(-1, keepdim=True) >= wanted
+        return mass(torch.where(p >= t, p, 0.0)) >= wanted
 
     nucleus = torch.where(top_p < 1, largest_threshold(p, enough_mass), 0.0)
-    least = torch.maximum(torch.maximum(least, nucleus), min_p * p.amax(-1, keepdim=True))
-    return p >= least
+    return p >= torch.maximum(least, nucleus)
+
+
+def mass(p: Tensor) -> Tensor:
+    """[B, n, 1]; in float64 it does not depend on which unlikely tokens are among these."""
+    return p.sum(-1, keepdim=True, dtype=torch.float64)
+
+
+def likely_tokens(p: Tensor, top_p: Tensor) -> Tensor:
+    """Columns [C] of the tokens that top-p can keep in any row: those that are left out could not
+    fill what it leaves, however many they are."""
+    unlikely = p <= (1 - top_p[:, None, None]) / p.shape[-1]
+    return (~unlikely).flatten(0, 1).any(0).nonzero()[:, 0]
 
 
 def largest_threshold(p: Tensor, enough) -> Tensor:
@@ -536,11 +556,18 @@ class Engine(nn.Module):
             by_count = self.top_k if filtered > 1 else None
             filters = (by_count, self.top_p, self.min_p) if filtered else (None,) * 3
             return self.kernels.choose(logits, ids, *noise_args, *filters)
-        scores = self.scores(logits, position, ids, ranks) if noisy else logits
-        if filtered:
-            keep = kept_tokens(logits, self.temperature, self.top_k, self.top_p, self.min_p)
-            scores = torch.where(keep, scores, -torch.inf)
-        return scores.argmax(-1) if ranks is None else ranks.argmax(scores)
+        if not filtered:
+            scores = self.scores(logits, position, ids, ranks) if noisy else logits
+            return scores.argmax(-1) if ranks is None else ranks.argmax(scores)
+        p, by_count = probabilities(logits, self.temperature), self.top_k if filtered > 1 else None
+        columns = total = None  # all
+        if by_count is ids is None and not self.compiled and not p.is_cuda:
+            total, ids = mass(p), likely_tokens(p, self.top_p)  # few: noise and search take time
+            columns, logits, p = ids, logits[..., ids], p[..., ids]
+        keep = kept_tokens(p, by_count, self.top_p, self.min_p, total)
+        scores = self.scores(logits, position, ids, None) if noisy else logits
+        column = torch.where(keep, scores, -torch.inf).argmax(-1)
+        return column if columns is None else columns[column]
 
     def commit(self, emitted, stopped, sampled, hidden, accepted) -> None:
         """Append `emitted` [B] of the chosen tokens to each row and publish the result."""

@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from fastspec import Engine, kept_tokens, noise
+from fastspec import Engine, kept_tokens, noise, probabilities
 from fastspec import accepted_path as plain_accepted_path
 from fastspec import lineage as plain_lineage
 from model import ModelArgs, Transformer, kv_cache_shape, plain_attention
@@ -415,7 +415,7 @@ def test_choices_are_those_of_the_plain_sampling():
     top_p = torch.tensor([0.9, 1.0, 0.95, 0.5], device=DEVICE)
     min_p = torch.tensor([0.0, 0.02, 0.0, 0.0], device=DEVICE)
     noisy = logits + T[:, None, None] * noise(seed, position, torch.arange(V, device=DEVICE))
-    keep = kept_tokens(logits, T, top_k, top_p, min_p)
+    keep = kept_tokens(probabilities(logits, T), top_k, top_p, min_p)
     none = (None,) * 5
     assert torch.equal(choose(logits, None, None, *none), logits.argmax(-1))
     filters = top_k, top_p, min_p
@@ -424,7 +424,7 @@ def test_choices_are_those_of_the_plain_sampling():
         choose(logits, None, position, T, seed, *filters),
         torch.where(keep, noisy, -torch.inf).argmax(-1),
     )
-    keep = kept_tokens(logits, T, 0 * top_k, top_p, min_p)
+    keep = kept_tokens(probabilities(logits, T), None, top_p, min_p)
     assert torch.equal(
         choose(logits, None, position, T, seed, None, *filters[1:]),
         torch.where(keep, noisy, -torch.inf).argmax(-1),
@@ -443,14 +443,14 @@ def test_a_choice_that_the_filters_drop_is_made_again(share):
     logits, position = random(B, n, V, scale=0.7), torch.arange(B * n, device=DEVICE).view(B, n)
     T, seed = torch.tensor([0.7, 1.0, 3.0], device=DEVICE), torch.arange(B, device=DEVICE)
     top_p, none = torch.full((B,), share, device=DEVICE), torch.zeros(B, device=DEVICE)
-    keep = kept_tokens(logits, T, none, top_p, none)
+    keep = kept_tokens(probabilities(logits, T), None, top_p, none)
     noisy = logits + T[:, None, None] * noise(seed, position, torch.arange(V, device=DEVICE))
     dropped = ~keep.take_along_dim(noisy.argmax(-1, keepdim=True), -1)
     assert share > 0.8 or dropped.float().mean() > 0.3
     expected = torch.where(keep, noisy, -torch.inf).argmax(-1)
     assert torch.equal(choose(logits, None, position, T, seed, None, top_p, none), expected)
     least = torch.full((B,), 0.5, device=DEVICE)  # of the most probable one's
-    keep = kept_tokens(logits, T, none, top_p + 1, least)
+    keep = kept_tokens(probabilities(logits, T), None, top_p + 1, least)
     expected = torch.where(keep, noisy, -torch.inf).argmax(-1)
     assert torch.equal(choose(logits, None, position, T, seed, None, top_p + 1, least), expected)
 

@@ -28,8 +28,11 @@ from fastspec import (
     decode_loop,
     gumbel,
     kept_tokens,
+    likely_tokens,
+    mass,
     mix,
     noise,
+    probabilities,
     step_needs,
 )
 from model import load_model
@@ -165,7 +168,14 @@ def test_mix_is_the_finalizer_of_murmurhash3_and_a_bijection():
 def kept(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
     """kept_tokens for logits [B, n, V]; a setting is one number or one for each row."""
     settings = (torch.as_tensor(s).expand(len(logits)) for s in (temperature, top_k, top_p, min_p))
-    return kept_tokens(logits, *settings)
+    temperature, *filters = settings
+    p = probabilities(logits, temperature)
+    found = kept_tokens(p, *filters)
+    if not filters[0].any():  # no top-k: it can be left out, and unlikely tokens, too
+        columns, few = likely_tokens(p, filters[1]), torch.zeros_like(found)
+        few[..., columns] = kept_tokens(p[..., columns], None, *filters[1:], mass(p))
+        assert torch.equal(found, few)
+    return found
 
 
 def reference_scores(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
