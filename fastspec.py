@@ -1026,12 +1026,13 @@ class LLM:
     "revision": str, "tree": int, "top_k_tokens_per_head": list of int, "draft_dtype": "auto" or
     "int8", "draft_tensor_parallel_size": int}, all but "model" optional; "tree" is how many nodes a
     step verifies, 0 for a chain (unset: on one GPU 16 for one row, 8 for up to four, else a chain);
-    int8 keeps its matrices in 8 bits where a GPU's steps are compiled, as those stored so are.
-    dtype "auto" is float16 or bfloat16 on a GPU, as the checkpoint says; on a CPU float32, or
-    bfloat16 if it has instructions for that and the weights are stored in it. `compile` None means:
-    on a GPU. tensor_parallel_size GPUs share the target, and the speculator too where its own size
-    (1, if not given) is the same. Raises ValueError for what does not fit before reading weights;
-    `load=False` leaves these to a later `load()`, so that prompts can be checked first, too.
+    int8 keeps its matrices in 8 bits where a GPU's steps are compiled, as those stored so are for
+    one row. dtype "auto" is float16 or bfloat16 on a GPU, as the checkpoint says; on a CPU float32,
+    or bfloat16 if it has instructions for that and the weights are stored in it. `compile` None
+    means: on a GPU. tensor_parallel_size GPUs share the target, and the speculator too where its
+    own size (1, if not given) is the same. Raises ValueError for what does not fit before reading
+    weights; `load=False` leaves these to a later `load()`, so that prompts can be checked first,
+    too.
     """
 
     engine_class = Engine
@@ -1152,7 +1153,9 @@ class LLM:
             tree=self.tree,
             top_k_tokens_per_head=self.top_k_tokens_per_head,
             compiled=self.compiled,
-            eight_bit_draft=bool(self.k) and (self.draft_dtype == "int8" or speculator.eight_bit),
+            # Unasked for one row only: more take longer from 8 bits.
+            eight_bit_draft=self.draft_dtype == "int8"
+            or (self.batch_size == 1 and self.k > 0 and speculator.eight_bit),
             ranks=ranks,
             draft_ranks=ranks if self.k and self.draft_parallel_size > 1 else None,
         )
