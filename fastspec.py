@@ -551,19 +551,19 @@ class Engine(nn.Module):
         if filtered and ranks is not None:  # filters look at the whole distribution
             whole = ranks.gather(logits)
             return ranks.same(self.choose(whole, position, ids, noisy, filtered, None))
+        by_count = self.top_k if filtered > 1 else None
         if self.kernels is not None and ranks is None:
             noise_args = (position, self.temperature, self.seed) if noisy else (None,) * 3
-            by_count = self.top_k if filtered > 1 else None
             filters = (by_count, self.top_p, self.min_p) if filtered else (None,) * 3
             return self.kernels.choose(logits, ids, *noise_args, *filters)
         if not filtered:
             scores = self.scores(logits, position, ids, ranks) if noisy else logits
             return scores.argmax(-1) if ranks is None else ranks.argmax(scores)
-        p, by_count = probabilities(logits, self.temperature), self.top_k if filtered > 1 else None
-        columns = total = None  # all
+        p, total, columns = probabilities(logits, self.temperature), None, None  # of all
         if by_count is ids is None and not self.compiled and not p.is_cuda:
-            total, ids = mass(p), likely_tokens(p, self.top_p)  # few: noise and search take time
-            columns, logits, p = ids, logits[..., ids], p[..., ids]
+            # Few of them: noise and search take time.
+            total, columns = mass(p), likely_tokens(p, self.top_p)
+            logits, p, ids = logits[..., columns], p[..., columns], columns
         keep = kept_tokens(p, by_count, self.top_p, self.min_p, total)
         scores = self.scores(logits, position, ids, None) if noisy else logits
         column = torch.where(keep, scores, -torch.inf).argmax(-1)

@@ -898,6 +898,22 @@ def _noise(seed, position, token):
 
 
 @triton.jit
+def _noisy(x, temperature, seed, position, ids, v, V):
+    """Logits x of the columns v, which stand for the tokens `ids` or for themselves, with noise."""
+    token = v
+    if ids is not None:
+        token = tl.load(ids + v, mask=v < V, other=0)
+    return x + temperature * _noise(seed, position, token)
+
+
+@triton.jit
+def _highest(values, columns, b):
+    """The column, a number in a float's bits, of the highest value; of equal ones the first b's, as
+    torch's argmax."""
+    return tl.sum(tl.where(b == tl.argmax(values, axis=0), columns.to(tl.int32, bitcast=True), 0))
+
+
+@triton.jit
 def _meet(arrived, goal):
     """Return when so many programs have come here: what they stored before can be read."""
     tl.debug_barrier()
@@ -905,6 +921,13 @@ def _meet(arrived, goal):
     while came < goal:
         came = tl.atomic_add(arrived, 0, sem="acquire")
     tl.debug_barrier()
+
+
+@triton.jit
+def _leave(arrived, goal):
+    """After the last meeting: the last of so many programs leaves 0 to the next kernel."""
+    if tl.atomic_add(arrived, 1, sem="acq_rel") == goal - 1:
+        tl.store(arrived, 0)
 
 
 @triton.jit
@@ -949,8 +972,7 @@ def _top_k(
             total = tl.load(sums_at, mask=known, other=0.0, cache_modifier=".cg")
             found = tl.sum(total, axis=0) >= wanted
             bits |= tl.max(tl.where(found, j, 0), axis=0) << (25 - 5 * i)
-        if tl.atomic_add(count + row, 1, sem="acq_rel") == 8 * blocks - 1:
-            tl.store(count + row, 0)
+        _leave(count + row, 8 * blocks)
     if block == 0:
         tl.store(least + row, bits.to(tl.float32, bitcast=True))
 
@@ -968,11 +990,9 @@ def _filtered(
     at, b = tl.arange(0, PIECE), tl.arange(0, BLOCKS)
     begin, end = block * size, tl.minimum(block * size + size, V)
     x_at, known = logits + row.to(tl.int64) * V, b < blocks
-    T, of, where = (
-        tl.load(temperature + row // n),
-        tl.load(seed + row // n),
-        tl.load(position + row),
-    )
+    T, of, absolute = (
+        tl.load(temperature + row // n), tl.load(seed + row // n), tl.load(position + row)
+    )  # fmt: skip
     share, reached = tl.load(top_p + row // n), tl.load(min_p + row // n)
     if least is not None:
         from_k = tl.load(least + row)
@@ -986,10 +1006,7 @@ def _filtered(
         for start in range(begin, end, PIECE):
             v = start + at
             x = tl.load(x_at + v, mask=v < end, other=float("-inf"))
-            token = v
-            if ids is not None:
-                token = tl.load(ids + v, mask=v < end, other=0)
-            score = tl.where(x > low, x + T * _noise(of, where, token), float("-inf"))
+            score = tl.where(x > low, _noisy(x, T, of, absolute, ids, v, end), float("-inf"))
             column = tl.where(score > best, v, column)
             best, most = tl.maximum(best, score), tl.maximum(most, x)
         value = tl.max(best, axis=0)
@@ -1002,9 +1019,7 @@ def _filtered(
         values = tl.load(row_at, mask=known, other=float("-inf"), cache_modifier=".cg")
         columns = tl.load(row_at + field, mask=known, other=0.0, cache_modifier=".cg")
         tops = tl.load(row_at + 2 * field, mask=known, other=float("-inf"), cache_modifier=".cg")
-        first = tl.argmax(values, axis=0)  # of equal ones the first, as torch's
-        chosen = tl.sum(tl.where(b == first, columns.to(tl.int32, bitcast=True), 0), axis=0)
-        chosen = tl.minimum(chosen, V - 1)
+        chosen = tl.minimum(_highest(values, columns, b), V - 1)
         top, its = tl.max(tops, axis=0), tl.load(x_at + chosen)
         its_p = tl.exp((its - top) * scale)
         above = tl.zeros([PIECE], dtype=tl.float32)
@@ -1031,8 +1046,7 @@ def _filtered(
             tl.store(out + row, chosen.to(tl.int64))
         going = (kept == 0) & (its > low)  # always, if logits are numbers
         low = its
-    if tl.atomic_add(count + row, 1, sem="acq_rel") == meetings + blocks - 1:
-        tl.store(count + row, 0)
+    _leave(count + row, meetings + blocks)
 
 
 @triton.jit
@@ -1048,11 +1062,10 @@ def _choose(
     v, b = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, BLOCKS)
     score = tl.load(logits + row.to(tl.int64) * V + v, mask=v < V, other=float("-inf"))
     if temperature is not None:
-        token = v
-        if ids is not None:
-            token = tl.load(ids + v, mask=v < V, other=0)
-        noise = _noise(tl.load(seed + row // n), tl.load(position + row), token)
-        score += tl.load(temperature + row // n) * noise
+        T, of, absolute = (
+            tl.load(temperature + row // n), tl.load(seed + row // n), tl.load(position + row)
+        )  # fmt: skip
+        score = _noisy(score, T, of, absolute, ids, v, V)
     value, where = tl.max(score, axis=0, return_indices=True)
     here = best + (row * blocks + block) * 2
     tl.store(here, value)
@@ -1062,9 +1075,7 @@ def _choose(
         at = best + (row * blocks + b) * 2
         values = tl.load(at, mask=b < blocks, other=float("-inf"), cache_modifier=".cg")
         columns = tl.load(at + 1, mask=b < blocks, other=0.0, cache_modifier=".cg")
-        first = tl.argmax(values, axis=0)  # of equal ones the first, as torch's
-        column = tl.sum(tl.where(b == first, columns.to(tl.int32, bitcast=True), 0), axis=0)
-        tl.store(out + row, column.to(tl.int64))
+        tl.store(out + row, _highest(values, columns, b).to(tl.int64))
         tl.store(count + row, 0)
 
 
@@ -1141,11 +1152,8 @@ def _top(
     b, c = row // n, row % n
     x = tl.load(logits + row.to(tl.int64) * width + v, mask=v < V, other=float("-inf"))
     if temperature is not None:
-        token = v
-        if ids is not None:
-            token = tl.load(ids + v, mask=v < V, other=0)
-        noise = _noise(tl.load(seed + b), tl.load(position + b) + ahead, token)
-        x += tl.load(temperature + b) * noise
+        absolute = tl.load(position + b) + ahead
+        x = _noisy(x, tl.load(temperature + b), tl.load(seed + b), absolute, ids, v, V)
     size: tl.constexpr = 2 * WIDTH + 2  # values, columns, maximum, sum of exponentials
     here = part + (row * blocks + block) * size
     if scores is not None:
