@@ -255,8 +255,9 @@ def tiling(R: int, C: int, M: int, itemsize: int = 2) -> dict:
         deep = 1024 if (C > 4096 and many) or C > 8192 else 512
         return tile | {"ROWS": 1, "DEEP": deep, "SPLITS": splits}
     few, wide = M <= 16, M > 32
-    if few and small and not many and itemsize == 2 and C % 64 == 0:
-        tile = {"ROWS": 16, "TILE": TILE, "SPLITS": 1, "DEEP": 64, "PIECE": 512, "num_warps": 4}
+    if small and not many and itemsize == 2 and M <= 64 and C % 64 == 0:
+        rows = max(16, triton.next_power_of_2(M))
+        tile = {"ROWS": rows, "TILE": TILE, "SPLITS": 1, "DEEP": 64, "PIECE": 512, "num_warps": 4}
         if M > 8:
             tile["SPLITS"] = C // 512 if C % 512 == 0 else 1
         elif R > 1024:
@@ -266,6 +267,11 @@ def tiling(R: int, C: int, M: int, itemsize: int = 2) -> dict:
             tile["num_warps"] = 2 if C < 1024 else 4
         if tile["TILE"] * C // tile["SPLITS"] <= 48 * 1024:
             return tile | {"num_stages": 3}
+    if small and itemsize == 1 and few and C % 768 == 0:
+        tile = {"DEEP": 64, "PIECE": 128, "APART": True, "num_stages": 3}
+        if M > 8:
+            return tile | {"ROWS": 16, "TILE": TILE // 2, "SPLITS": C // 768, "num_warps": 2}
+        return tile | {"ROWS": 8, "TILE": TILE, "SPLITS": C // 512, "num_warps": 4}
     splits = 1 if many else 2 if wide else 4
     if few:
         splits = 1 if R >= 256 * TILE else 2 if R >= 80 * TILE else 4

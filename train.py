@@ -149,7 +149,7 @@ def runs(text: str) -> set[tuple[str, ...]]:
     return {tuple(words[i : i + RUN]) for i in range(len(words) - RUN + 1)}
 
 
-def keep_prompts(llm: LLM, texts: list[str], file: Path, apart: set) -> list[Request]:
+def keep_prompts(llm: LLM, texts: Iterator[str], file: Path, apart: set) -> list[Request]:
     """Requests of texts as prompts, without those that share a run of words with `apart`. `file`
     keeps them: once it is there, it counts."""
     if not file.exists():
@@ -166,17 +166,16 @@ def write_whole(file: Path, text: str) -> None:
     file.with_suffix(".tmp").replace(file)
 
 
-def code_to_complete(llm: LLM, texts: list[Text]) -> list[str]:
+def code_to_complete(llm: LLM, texts: list[Text]) -> Iterator[str]:
     """The first code block of each answer up to some of its lines, to go on with."""
-    rng, found = random.Random(0), []
+    rng = random.Random(0)
     for _, answer in texts:
         block = llm.tokenizer.decode(answer).partition("```")[2].partition("```")[0]
         lines = block.splitlines()[1:]  # the first one names the language
         ends = range(1, len(lines) if len(lines) >= 4 else 1)
         for end in rng.sample(ends, min(CUTS, len(ends))):
             code = "\n".join(lines[:end])
-            found.append(f"{rng.choice(COMPLETE)}\n\n{code}")
-    return found
+            yield f"{rng.choice(COMPLETE)}\n\n{code}"
 
 
 def in_common(prompts: list[list[int]]) -> int:
@@ -212,11 +211,11 @@ def training_text(
         if (room := len(p.prompt) - opening - closing) > 0
     ]
     written = write(asked(begun, [SAMPLED], args), "begun")
-    ended = [
+    ended = (
         llm.tokenizer.decode([*start[opening:], *rest[:-1]])
         for start, rest in written
         if rest[-1] in begun[0].stop_ids
-    ]
+    )
     own = keep_prompts(llm, ended, file("own-prompts"), apart)
     texts += write(in_turn(own, args), "own")
     code = keep_prompts(llm, code_to_complete(llm, texts), file("code-prompts"), apart)
