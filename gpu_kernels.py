@@ -868,8 +868,8 @@ def joined(head: Tensor, proj: Tensor) -> Tensor | None:
 # fastspec.py's `kept_tokens`, `noise` and argmax. Where tokens are filtered, the programs of a row
 # run at the same time and wait for each other: the choice among all tokens is taken if the filters
 # keep it, as they mostly do. If not, they keep none of its probability or less, and the choice
-# among the more probable ones is next. Only top-k, of whose mass top-p is a share, searches its
-# threshold.
+# among the more probable ones is next. Top-k needs a rank, and its threshold only where it decides
+# on top-p, which is a share of the mass that top-k keeps.
 
 BLOCK = 4096  # tokens of a program
 PIECE = 512  # of a longer part, so many at once
@@ -937,58 +937,48 @@ def _leave(arrived, goal):
 
 
 @triton.jit
-def _top_k(
-    logits, temperature, top_k, least, tops, sums, count, V, n, size, blocks,
-    PIECE: tl.constexpr, BLOCKS: tl.constexpr, PDL: tl.constexpr,
+def _mass_of_top_k(
+    x_at, begin, end, scale, top, wanted, sums, field, here, row_at, known, arrived, meetings,
+    blocks, PIECE: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """least [rows]: the largest threshold on exp((logit - max) / T) that top_k tokens reach, or 0.
-    Six passes find its 30 bits: each counts how many tokens reach 32 thresholds."""
-    row, block, rows = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
-    at, j = tl.arange(0, PIECE), tl.arange(0, 32)
-    begin, end = block * size, tl.minimum(block * size + size, V)
-    x_at, b = logits + row.to(tl.int64) * V, tl.arange(0, BLOCKS)
-    wanted, bits = tl.load(top_k + row // n), tl.zeros([], dtype=tl.int32)
-    if wanted > 0:
-        scale = 1 / tl.maximum(tl.load(temperature + row // n), 1e-6)
-        most = tl.full([PIECE], float("-inf"), dtype=tl.float32)
+    """Sum of p = exp((x - top) * scale) over the `wanted` highest of a row and their equals. Six
+    passes find the 30 bits of the least such p: each counts how many reach 32 thresholds."""
+    at, j, b = tl.arange(0, PIECE), tl.arange(0, 32), tl.arange(0, BLOCKS)
+    bits = tl.zeros([], dtype=tl.int32)
+    for i in range(6):
+        threshold = (bits | (j << (25 - 5 * i))).to(tl.float32, bitcast=True)
+        count = tl.zeros([32], dtype=tl.float32)
         for start in range(begin, end, PIECE):
-            x = tl.load(x_at + start + at, mask=start + at < end, other=float("-inf"))
-            most = tl.maximum(most, x)
-        tl.store(tops + row * blocks + block, tl.max(most, axis=0))
-        _meet(count + row, blocks)
-        top_at = tops + row * blocks + b
-        top = tl.load(top_at, mask=b < blocks, other=float("-inf"), cache_modifier=".cg")
-        top = tl.max(top, axis=0)
-        for i in range(6):
-            threshold = (bits | (j << (25 - 5 * i))).to(tl.float32, bitcast=True)
-            total = tl.zeros([32], dtype=tl.float32)
-            for start in range(begin, end, PIECE):
-                known = start + at < end
-                x = tl.load(x_at + start + at, mask=known, other=float("-inf"))
-                p = tl.exp((x - top) * scale)
-                reached = known[:, None] & (p[:, None] >= threshold[None, :])
-                total += tl.sum(reached.to(tl.float32), axis=0)
-            here = sums + ((i % 2) * rows + row) * blocks * 32
-            tl.store(here + block * 32 + j, total)
-            _meet(count + row, (i + 2) * blocks)
-            sums_at, known = here + b[:, None] * 32 + j[None, :], (b < blocks)[:, None]
-            total = tl.load(sums_at, mask=known, other=0.0, cache_modifier=".cg")
-            found = tl.sum(total, axis=0) >= wanted
-            bits |= tl.max(tl.where(found, j, 0), axis=0) << (25 - 5 * i)
-        _leave(count + row, 8 * blocks)
-    if block == 0:
-        tl.store(least + row, bits.to(tl.float32, bitcast=True))
+            inside = start + at < end
+            x = tl.load(x_at + start + at, mask=inside, other=float("-inf"))
+            p = tl.exp((x - top) * scale)
+            reached = inside[:, None] & (p[:, None] >= threshold[None, :])
+            count += tl.sum(reached.to(tl.float32), axis=0)
+        slot = sums + (i % 2) * field * 32  # some may still read what they met for before
+        tl.store(slot + here * 32 + j, count)
+        meetings += blocks
+        _meet(arrived, meetings)
+        sums_at = slot + (row_at + b)[:, None] * 32 + j[None, :]
+        counts = tl.load(sums_at, mask=known[:, None], other=0.0, cache_modifier=".cg")
+        found = tl.sum(counts, axis=0) >= wanted
+        bits |= tl.max(tl.where(found, j, 0), axis=0) << (25 - 5 * i)
+    least, mass = bits.to(tl.float32, bitcast=True), tl.zeros([PIECE], dtype=tl.float32)
+    for start in range(begin, end, PIECE):
+        x = tl.load(x_at + start + at, mask=start + at < end, other=float("-inf"))
+        p = tl.exp((x - top) * scale)
+        mass += tl.where(p >= least, p, 0.0)
+    tl.store(sums + here * 32, tl.sum(mass, axis=0))
+    _meet(arrived, meetings + blocks)
+    masses = tl.load(sums + (row_at + b) * 32, mask=known, other=0.0, cache_modifier=".cg")
+    return tl.sum(masses, axis=0)
 
 
 @triton.jit
 def _filtered(
-    logits, ids, temperature, seed, position, top_p, min_p, least, part, out, count, V, n, size,
-    blocks, PIECE: tl.constexpr, BLOCKS: tl.constexpr, PDL: tl.constexpr,
+    logits, ids, temperature, seed, position, top_k, top_p, min_p, part, sums, out, count, V, n,
+    size, blocks, PIECE: tl.constexpr, BLOCKS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """argmax of logits + T * noise over the tokens that `least` of top-k, top-p and min-p keep."""
+    """argmax of logits + T * noise over the tokens that top-k, top-p and min-p keep."""
     row, block, rows = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
     if PDL:
         gdc_launch_dependents()
@@ -1000,12 +990,13 @@ def _filtered(
         tl.load(temperature + row // n), tl.load(seed + row // n), tl.load(position + row)
     )  # fmt: skip
     share, reached = tl.load(top_p + row // n), tl.load(min_p + row // n)
-    if least is not None:
-        from_k = tl.load(least + row)
+    if top_k is not None:
+        wanted = tl.load(top_k + row // n)
     scale = 1 / tl.maximum(T, 1e-6)
     here, field = part + row * blocks + block, rows * blocks
     row_at = part + row * blocks + b
     low, going, meetings = tl.full([], float("-inf"), dtype=tl.float32), True, 0
+    mass = tl.full([], -1.0, dtype=tl.float32)  # of the top_k tokens, once it was asked for
     while going:
         best = tl.full([PIECE], float("-inf"), dtype=tl.float32)
         most, column = best, begin + at
@@ -1029,25 +1020,38 @@ def _filtered(
         top, its = tl.max(tops, axis=0), tl.load(x_at + chosen)
         its_p = tl.exp((its - top) * scale)
         above = tl.zeros([PIECE], dtype=tl.float32)
-        total = above
+        total, rank = above, above
         for start in range(begin, end, PIECE):
             v = start + at
             x = tl.load(x_at + v, mask=v < end, other=float("-inf"))
             p = tl.exp((x - top) * scale)
-            if least is not None:
-                p = tl.where(p >= from_k, p, 0.0)
             above += tl.where(p > its_p, p, 0.0)
+            if top_k is not None:
+                rank += tl.where(p > its_p, 1.0, 0.0)
             total += p
         tl.store(here + 3 * field, tl.sum(above, axis=0))
         tl.store(here + 4 * field, tl.sum(total, axis=0))
+        if top_k is not None:
+            tl.store(here + 5 * field, tl.sum(rank, axis=0))
         meetings += blocks
         _meet(count + row, meetings)
         above = tl.load(row_at + 3 * field, mask=known, other=0.0, cache_modifier=".cg")
         total = tl.load(row_at + 4 * field, mask=known, other=0.0, cache_modifier=".cg")
-        kept = (share >= 1) | (tl.sum(above, axis=0) < share * tl.sum(total, axis=0))
-        kept &= its_p >= reached
-        if least is not None:
-            kept &= its_p >= from_k
+        above, total = tl.sum(above, axis=0), tl.sum(total, axis=0)
+        kept = (its_p >= reached) & ((share >= 1) | (above < share * total))
+        if top_k is not None:
+            ranks = tl.load(row_at + 5 * field, mask=known, other=0.0, cache_modifier=".cg")
+            kept &= (wanted <= 0) | (tl.sum(ranks, axis=0) < wanted)
+            # The mass that top-k keeps is at most that of all tokens, and at least that of those up
+            # to this one: only where these disagree has it to be known.
+            unsure = kept & (wanted > 0) & (share < 1) & (above >= share * (above + its_p))
+            if unsure & (mass < 0):
+                mass = _mass_of_top_k(
+                    x_at, begin, end, scale, top, wanted, sums, field, row * blocks + block,
+                    row * blocks, known, count + row, meetings, blocks, PIECE // 4, BLOCKS,
+                )  # fmt: skip
+                meetings += 7 * blocks
+            kept &= (unsure == 0) | (above < share * mass)
         if block == 0:
             tl.store(out + row, chosen.to(tl.int64))
         going = (kept == 0) & (its > low)  # always, if logits are numbers
@@ -1111,17 +1115,12 @@ def choose(
     size = triton.cdiv(V, max(at_once(logits.device) // rows, 1))
     size = triton.cdiv(size, PIECE) * PIECE
     blocks = triton.cdiv(V, size)
-    shape = V, n, size, blocks
-    options = {"BLOCKS": triton.next_power_of_2(blocks), **pdl(logits)}
-    least = None
+    sums = None
     if top_k is not None:
-        least, tops = torch.empty(rows, **floats), torch.empty(rows, blocks, **floats)
         sums = torch.empty(2, rows, blocks, 32, **floats)
-        given = temperature, top_k, least, tops, sums, count
-        _top_k[(rows, blocks)](logits, *given, *shape, PIECE=PIECE // 4, **options)
-    part = torch.empty(5, rows, blocks, **floats)
-    given = top_p, min_p, least, part, out, count
-    _filtered[(rows, blocks)](logits, *noisy, *given, *shape, PIECE=PIECE, **options)
+    given = top_k, top_p, min_p, torch.empty(6, rows, blocks, **floats), sums, out, count
+    options = {"PIECE": PIECE, "BLOCKS": triton.next_power_of_2(blocks), **pdl(logits)}
+    _filtered[(rows, blocks)](logits, *noisy, *given, V, n, size, blocks, **options)
     return out
 
 

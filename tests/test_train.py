@@ -304,7 +304,7 @@ def test_code_is_cut_at_some_line():
     answers = {1: "So:\n```python\na\nb\nc\nd\n```\nand", 2: "no code", 3: "```x\none\n```"}
     llm = SimpleNamespace(tokenizer=SimpleNamespace(decode=lambda ids: answers[ids[0]]))
     texts = [([0], [i]) for i in (1, 2, 3, *[1] * 60)]
-    found = train.code_to_complete(llm, texts)
+    found = list(train.code_to_complete(llm, texts))
     assert len(found) == 3 * 61
     # 183 of 12 equally likely ones: they hardly ever miss one.
     halves = ("a", "a\nb", "a\nb\nc")
