@@ -267,11 +267,13 @@ def tiling(R: int, C: int, M: int, itemsize: int = 2) -> dict:
             tile["num_warps"] = 2 if C < 1024 else 4
         if tile["TILE"] * C // tile["SPLITS"] <= 48 * 1024:
             return tile | {"num_stages": 3}
-    if small and itemsize == 1 and few and C % 768 == 0:
-        tile = {"DEEP": 64, "PIECE": 128, "APART": True, "num_stages": 3}
+    if small and itemsize == 1 and M <= 32 and C % 512 == 0:
+        tile = {"ROWS": 8, "TILE": TILE, "SPLITS": C // 512, "DEEP": 64, "num_warps": 4}
+        if M > 16:
+            return tile | {"ROWS": 32, "DEEP": 128, "AHEAD": 0, "num_stages": 4}
         if M > 8:
-            return tile | {"ROWS": 16, "TILE": TILE // 2, "SPLITS": C // 768, "num_warps": 2}
-        return tile | {"ROWS": 8, "TILE": TILE, "SPLITS": C // 512, "num_warps": 4}
+            tile |= {"ROWS": 16, "TILE": TILE // 2, "SPLITS": max(1, C // 768), "num_warps": 2}
+        return tile | {"PIECE": 128, "APART": True, "num_stages": 3}
     splits = 1 if many else 2 if wide else 4
     if few:
         splits = 1 if R >= 256 * TILE else 2 if R >= 80 * TILE else 4

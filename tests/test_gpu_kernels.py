@@ -194,7 +194,7 @@ def test_pieces_are_such_as_a_matrix_instruction_takes():
 
 
 @pytest.mark.parametrize("C", [20, 64, 100, 576, 1024])
-@pytest.mark.parametrize("M", [2, 8, 9, 16])
+@pytest.mark.parametrize("M", [2, 8, 9, 16, 24, 40])
 def test_small_product_in_16_bits_equals_plain(M, C):
     """The tiles of small matrices, whose rows and columns tiles divide or do not."""
     torch.manual_seed(0)
@@ -210,6 +210,18 @@ def test_small_product_in_16_bits_equals_plain(M, C):
         gate, up = F.linear(normed, w).chunk(2, dim=-1)
         out, *_ = small(*half[:2], gated=True, **given)
         torch.testing.assert_close(out.float(), F.silu(gate) * up, **close)
+    assert not counters(x.device).any()
+
+
+@pytest.mark.parametrize("C", [192, 512, 1024, 1536])
+@pytest.mark.parametrize("M", [1, 2, 8, 9, 24, 40])
+def test_small_product_in_8_bits_equals_plain(M, C):
+    torch.manual_seed(0)
+    for R in (100, 576):
+        x, scale = random(M, C).half(), random(R).abs() + 0.1
+        w = torch.randint(-127, 128, (R, C), device=DEVICE, dtype=torch.int8)
+        out, *_ = small(x, w, row_scale=scale, dtype=torch.float32)
+        torch.testing.assert_close(out, F.linear(x.float(), w * scale[:, None]), rtol=1e-3, atol=1)
     assert not counters(x.device).any()
 
 
@@ -449,6 +461,12 @@ def test_a_choice_that_the_filters_drop_is_made_again(share):
     assert share > 0.8 or dropped.float().mean() > 0.3
     expected = torch.where(keep, noisy, -torch.inf).argmax(-1)
     assert torch.equal(choose(logits, None, position, T, seed, None, top_p, none), expected)
+    # A share of the mass of few: of all tokens' it would keep them all.
+    top_k = torch.tensor([40, 0, 7], device=DEVICE)
+    keep = kept_tokens(probabilities(logits, T), top_k, top_p, none)
+    assert share > 0.8 or (keep.sum(-1)[top_k > 0] < top_k[top_k > 0, None]).all()
+    expected = torch.where(keep, noisy, -torch.inf).argmax(-1)
+    assert torch.equal(choose(logits, None, position, T, seed, top_k, top_p, none), expected)
     least = torch.full((B,), 0.5, device=DEVICE)  # of the most probable one's
     keep = kept_tokens(probabilities(logits, T), None, top_p + 1, least)
     expected = torch.where(keep, noisy, -torch.inf).argmax(-1)
