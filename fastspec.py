@@ -255,7 +255,9 @@ def largest_threshold(p: Tensor, enough) -> Tensor:
 PREFILL_SIZES = (64, 256, 1024)  # tokens of one prompt at once
 PREFILL_TOKENS = 8192  # computed together in one eager prefill, padding included; or if more:
 PREFILL_PER_ROW = 16  # this many times the batch size
-LIKELY = 0.3  # joint probability of drafts after which one more is worth its time on a CPU
+# Joint probabilities of drafts on a CPU: of a chain after which one more is worth its time, and of
+# another token in place of one in it.
+LIKELY, SIBLING = 0.3, 0.15
 HEADER = 3  # columns of a result before its tokens: tokens emitted, accepted, done
 
 
@@ -416,12 +418,17 @@ class Engine(nn.Module):
         given = candidates, root, ancestors, depth, live
         sampled, hidden, new_kv = self.verify(*given, noisy, filtered)
         drafted = candidates[:, 1:]
-        if self.tree:  # from here on the accepted path is a chain like any other
-            walk = accepted_path if self.kernels is None else self.kernels.accepted_path
-            path = walk(candidates, sampled, parent, ancestors, depth, self.depth)  # [B P]
-            sampled, hidden = sampled.gather(1, path), hidden.take_along_dim(path[..., None], 1)
-            new_kv = new_kv.take_along_dim(path[None, None, :, None, :, None], 4)  # [L 2 B K P E]
-            drafted = torch.where(path[:, 1:] > 0, sampled[:, :-1], -1)
+        if parent is not None:  # from here on the accepted path is a chain like any other
+            if new_kv is None:
+                given = candidates, sampled, hidden, parent, live
+                drafted, sampled, hidden = self.keep_path(*given)
+            else:
+                walk = accepted_path if self.kernels is None else self.kernels.accepted_path
+                path = walk(candidates, sampled, parent, ancestors, depth, self.depth)  # [B P]
+                sampled, hidden = sampled.gather(1, path), hidden.take_along_dim(path[..., None], 1)
+                at = path[None, None, :, None, :, None]
+                new_kv = new_kv.take_along_dim(at, 4)  # [L 2 B K P E]
+                drafted = torch.where(path[:, 1:] > 0, sampled[:, :-1], -1)
 
         room = torch.where(self.done, 0, self.limit - self.length)
         emitted, accepted, stopped = count_emitted(drafted, sampled, self.stop_ids, room)
@@ -429,6 +436,22 @@ class Engine(nn.Module):
             slots = root[:, None] + self.depth[: sampled.shape[1]]
             write_cache(self.kv, new_kv, slots)  # beyond the accepted: dead slots
         self.commit(emitted, stopped, sampled, hidden, accepted)
+
+    def keep_path(
+        self, candidates: Tensor, sampled: Tensor, hidden: Tensor, parent: Tensor, live: int
+    ) -> tuple[Tensor, ...]:
+        """The accepted path's drafts, choices [1, P] and states [1, P, D], of one row's tree whose
+        keys and values are in the cache, after its `live` slots: the path's come to lie there."""
+        (tokens,), (chosen,), (parents,) = candidates.tolist(), sampled.tolist(), parent.tolist()
+        path = [0]
+        for node, (token, above) in enumerate(zip(tokens, parents, strict=True)):
+            if node and above == path[-1] and token == chosen[above]:
+                path.append(node)
+        nodes, P = torch.tensor(path), len(path)
+        if path[-1] >= P:  # not the first ones
+            self.kv[..., live : live + P, :] = self.kv.index_select(4, live + nodes)
+        kept = [x.index_select(1, nodes) for x in (candidates, sampled, hidden)]
+        return kept[0][:, 1:], *kept[1:]
 
     def candidates(self, root: Tensor, noisy: bool) -> tuple[Tensor, ...]:
         """The last tokens, at root [B], and drafts after them, [B, N]; their parents (None in a
@@ -438,6 +461,11 @@ class Engine(nn.Module):
             tokens, parent = self.draft_tree(last, root, noisy)
             find = lineage if self.kernels is None else self.kernels.lineage
             return tokens, parent, *find(parent, self.k)
+        if self.k and self.batch_size == 1 and self.likely_only():
+            tokens, parent = self.draft_likely(last, root, noisy)
+            node = torch.arange(tokens.shape[1])
+            own, above = node == node[:, None], node <= parent[..., None]  # parents are a chain
+            return tokens, parent, own | above, parent + (node > 0)
         tokens = self.draft(last, root, noisy) if self.k else last[:, None]
         N = tokens.shape[1]
         return tokens, None, self.ancestors[:N, :N], self.depth[:N]
@@ -453,8 +481,8 @@ class Engine(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """The target's choice after each candidate [B, N], its hidden states [B, N, D], and the
         candidates' keys and values; `live` and needs (noisy, filtered) as for `decode_step`.
-        One sequence on a CPU writes them into the cache itself, after its live slots: there a
-        chain's stay, and None is returned; of a tree the accepted path has yet to be moved."""
+        One sequence on a CPU writes them into the cache itself, after its live slots, and None is
+        returned."""
         (B, N), slots = tokens.shape, self.kv.shape[-2]
         positions = root[:, None] + depth  # [B N]
         kv = self.kv if live is None else self.kv[..., :live, :]
@@ -462,8 +490,7 @@ class Engine(nn.Module):
         on_cpu = self.ranks is None and self.kernels is None and not tokens.is_cuda
         if on_cpu and B == 1 and live is not None and live + N <= slots:
             state = self.kv, live, ancestors.view(N, N)
-            hidden = forward_in_place(self.model, tokens, positions, *state)
-            new_kv = self.kv[..., live : live + N, :] if self.tree else None
+            hidden, new_kv = forward_in_place(self.model, tokens, positions, *state), None
         elif self.kernels is None:
             hidden, new_kv = self.model(*given)
         elif self.kernels.fits(self.model.args, tokens.numel()):
@@ -491,14 +518,38 @@ class Engine(nn.Module):
             tokens = torch.cat((last[:, None], drafts), dim=1)
         return tokens if self.ranks is None else self.ranks.same(tokens)
 
+    def draft_likely(self, last: Tensor, root: Tensor, noisy: bool) -> tuple[Tensor, Tensor]:
+        """Tokens and parents [1, N] of a row's likely drafts, on a CPU, where every candidate takes
+        time: a chain that ends once it is unlikely to be accepted, with the token that shows it;
+        then other likely tokens in place of one of its."""
+        joint, level = 1.0, 0  # of the chain
+        others, above = [], []  # and their parents
+
+        def choose(logits: Tensor, position: Tensor, ids: Tensor | None) -> tuple[Tensor, bool]:
+            nonlocal joint, level
+            if noisy:
+                logits = self.scores(logits[:, None], position[:, None], ids, None)[:, 0]
+            p, columns = logits.softmax(-1).topk(min(4, logits.shape[-1]))
+            joint, *rest = (joint * p[0]).tolist()
+            count = sum(x >= SIBLING for x in rest)
+            if count:
+                other = columns[0, 1 : 1 + count]
+                others.append(other if ids is None else ids[other])
+                above.extend([level] * count)
+            level += 1
+            return columns[:, 0], joint >= LIKELY
+
+        drafts = self.speculator.draft(self.hidden, last, root, self.k, choose)[0]
+        parent = torch.tensor([[0, *range(len(drafts)), *above]])
+        return torch.cat((last, drafts, *others))[None], parent
+
     def draft_chooser(self, noisy: bool) -> Callable[..., tuple[Tensor, bool]]:
         """How `speculator.draft` chooses. On a CPU, where every candidate verified takes time, the
         drafts end once no sequence's are likely to be all accepted: with the one that shows it."""
-        every = self.all_drafts or self.compiled or self.ranks is not None or self.hidden.is_cuda
         joint = (~self.done).float()  # probability of the drafts so far, by row
 
         def choose(logits: Tensor, position: Tensor, ids: Tensor | None) -> tuple[Tensor, bool]:
-            if every:
+            if not self.likely_only():
                 given = logits[:, None], position[:, None], ids, noisy, False, self.draft_ranks
                 return self.choose(*given)[:, 0], True
             if noisy:
@@ -507,6 +558,11 @@ class Engine(nn.Module):
             return column, joint.mul_(p).max().item() >= LIKELY
 
         return choose
+
+    def likely_only(self) -> bool:
+        """Whether the number of drafts is up to the host."""
+        on_cpu = self.ranks is None and not self.hidden.is_cuda
+        return on_cpu and not self.compiled and not self.all_drafts
 
     def draft_tree(self, last: Tensor, root: Tensor, noisy: bool) -> tuple[Tensor, Tensor]:
         """Tokens and parents [B, N] of a tree of drafts, chosen with the same noise."""

@@ -29,6 +29,7 @@ from tokenizer import load_tokenizer
 def every_draft_is_verified(monkeypatch):
     """Also on a CPU, so that tests can count steps."""
     monkeypatch.setattr(fastspec, "LIKELY", 0.0)
+    monkeypatch.setattr(fastspec, "SIBLING", 2.0)  # and no other tokens in place of one
 
 
 # Tiny models: threads that wait for each other cost more than they give.

@@ -279,6 +279,40 @@ def test_a_cpu_verifies_likely_drafts_only(model, speculator, monkeypatch, tempe
     assert 3 in set().union(*found.values())
 
 
+@pytest.mark.parametrize("max_seq_len", [60, 256])  # 60: its end has no room for a tree
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_a_cpu_verifies_likely_tokens_beside_a_chain(
+    model, speculator, monkeypatch, temperature, max_seq_len
+):
+    """Up to three at each depth, some of which are accepted, and the same text."""
+    params, options = SamplingParams(temperature=temperature, max_tokens=None), {}
+    options["max_seq_len"] = max_seq_len
+    expected, steps, _ = run(engine_for(model, **options), PROMPTS[:2], params, seed=4)
+    chain = run(engine_for(model, speculator, **options), PROMPTS[:2], params, seed=4)[1]
+    for least in (0.0, 1e-3, 1e-2):
+        monkeypatch.setattr(fastspec, "SIBLING", least)
+        engine = engine_for(model, speculator, **options)
+        widths = verified_widths(engine)
+        found, steps, _ = run(engine, PROMPTS[:2], params, seed=4)
+        assert found == expected
+        assert max(widths) > engine.k + 1 and max(widths) <= 1 + 4 * engine.k
+        if least == 0:
+            assert sum(steps) < sum(chain)
+
+
+def test_an_accepted_token_beside_the_chain_moves_to_its_end(model, speculator):
+    """Its key and value to the slot of the draft in whose place it is."""
+    engine = engine_for(model, speculator)
+    before = engine.kv.normal_().clone()
+    tokens, sampled = torch.tensor([[5, 7, 8, 6, 9]]), torch.tensor([[7, 9, 1, 2, 3]])
+    hidden, parent = torch.randn(1, 5, 48), torch.tensor([[0, 0, 1, 0, 1]])
+    drafts, choices, states = engine.keep_path(tokens, sampled, hidden, parent, 20)
+    assert (drafts.tolist(), choices.tolist()) == ([[7, 9]], [[7, 9, 3]])
+    assert torch.equal(states, hidden[:, [0, 1, 4]])
+    before[..., 22, :] = before[..., 24, :]
+    assert torch.equal(engine.kv, before)
+
+
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 def test_ragged_prompts_are_prefilled_together(model, speculator, monkeypatch, temperature):
     """Prompts of one token and of several chunks among them: ids are those of each alone."""
