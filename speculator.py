@@ -123,12 +123,8 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms(x) * self.weight.float() + self.bias.float()
-
-
-def rms(x: Tensor) -> Tensor:
-    # float32, because the square of a 16-bit hidden state can overflow.
-    return F.rms_norm(x.float(), x.shape[-1:], eps=LayerNorm.eps)
+        x = F.rms_norm(x.float(), x.shape[-1:], eps=self.eps)
+        return x * self.weight.float() + self.bias.float()
 
 
 class RankEmbedding(nn.Module):
@@ -163,6 +159,7 @@ class MLPSpeculator(nn.Module):
     draft_ids: Tensor | None
     emb_row: Tensor | None
     eight_bit = False  # whether the checkpoint's matrices are int8
+    gelu = "none"  # its approximation
 
     def __init__(self, args: SpeculatorArgs):
         super().__init__()
@@ -177,6 +174,7 @@ class MLPSpeculator(nn.Module):
         r, self.emb = args.emb_rank, nn.ModuleList()
         for _ in range(copies):
             self.emb.append(RankEmbedding(V, drafted, r, W) if r else nn.Embedding(rows, W))
+        self.ln0 = nn.RMSNorm(D, eps=LayerNorm.eps, elementwise_affine=False)
         self.ln = nn.ModuleList([LayerNorm(W) for _ in range(copies)])
         self.head = nn.ModuleList([nn.Linear(W, drafted, bias=False) for _ in range(copies)])
         # proj[0] maps the target's width; tied heads share one projection after it.
@@ -203,7 +201,8 @@ class MLPSpeculator(nn.Module):
     def start(self, hidden: Tensor) -> Tensor:
         """State before the first head, from the target's final-norm hidden state [B, D]."""
         if self.args.scale_input:
-            return (rms(hidden) / math.sqrt(2)).to(hidden.dtype)
+            # float32, because the square of a 16-bit hidden state can overflow.
+            return (self.ln0(hidden.float()) / math.sqrt(2)).to(hidden.dtype)
         return hidden
 
     def step(self, i: int, state: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
@@ -212,7 +211,7 @@ class MLPSpeculator(nn.Module):
         shared = 0 if self.args.tie_weights else i
         proj = self.proj[min(i, len(self.proj) - 1)]
         state = torch.add(proj(state), self.emb[shared](token), alpha=self.token_scale)
-        state = F.gelu(self.ln[shared](state)).to(state.dtype)
+        state = F.gelu(self.ln[shared](state), approximate=self.gelu).to(state.dtype)
         return state, self.head[shared](state).float()
 
     def draft(
