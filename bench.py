@@ -496,7 +496,7 @@ CEILING = """\
 model {model}, speculator {speculator}, torch {torch}"""
 LEGEND = """\
 ms/step = draft + verify + rest (alone, where timed); tok/s of one sequence while it decodes, total
-of all with their prefill; floor in ms, share = floor / step (a CPU leaves out unlikely drafts;
+of all with their prefill; floor in ms, share = floor / step (a CPU verifies what is likely;
 draft, verify and floor count all); ttft in ms; peak GB of the first device, with the caches of all
 modes in memory. Tokens per step depend on the text: --prompts FILE has yours.
 load {load_s:.1f} s, compile and capture {compile_s:.1f} s ({compiled_graphs} graphs not in a cache)

@@ -355,7 +355,7 @@ class Engine(nn.Module):
         self.ranks, self.draft_ranks = (None, None) if alone else (ranks, draft_ranks)
         self.model, self.speculator = model, speculator
         self.k = num_draft_tokens if speculator is not None else 0
-        self.tree = tree if self.k else 0  # nodes; 0: the candidates are a chain
+        self.tree = tree if self.k else 0  # nodes; 0: a chain, or on a CPU what is likely
         self.top_k_tokens_per_head = tuple(top_k_tokens_per_head)[: self.k]
         self.batch_size, self.max_seq_len = batch_size, max_seq_len
         self.compiled = compiled
@@ -1083,7 +1083,8 @@ class LLM:
     {"model": directory or hub id, "method": "mlp_speculator", "num_speculative_tokens": int,
     "revision": str, "tree": int, "top_k_tokens_per_head": list of int, "draft_dtype": "auto" or
     "int8", "draft_tensor_parallel_size": int}, all but "model" optional; "tree" is how many nodes a
-    step verifies, 0 for a chain (unset: on one GPU 16 for one row, 8 for up to four, else a chain);
+    step verifies, 0 for a chain (unset: on one GPU 16 for one row, 8 for up to four, else a chain),
+    of which a CPU takes what is likely, for one row with other likely tokens in place of one;
     int8 keeps its matrices in 8 bits where a GPU's steps are compiled, as those stored so are for
     one row. dtype "auto" is float16 or bfloat16 on a GPU, as the checkpoint says; on a CPU float32,
     or bfloat16 if it has instructions for that and the weights are stored in it. `compile` None
@@ -1626,7 +1627,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--speculator", help="directory or hub id; unset: the demo's, or none for a --checkpoint")
     add("--speculator-revision", help="revision of a speculator from the hub")
     add("--num-draft-tokens", type=int, help="tokens drafted per step; 0: none; unset: all heads")
-    tree = "verify a tree of N nodes per step; 0: a chain; unset: on a GPU 16, up to 4 rows 8"
+    tree = "verify a tree of N nodes per step; 0: a chain; unset: on a GPU 16, to 4 rows 8"
     add("--tree", type=int, metavar="N", help=tree)
     add("--draft-dtype", choices=["int8"], help="keep the speculator's matrices in 8 bits (GPU)")
     add("--top-k-tokens-per-head", type=integers, metavar="4,3,..", help="children in a tree")

@@ -299,6 +299,28 @@ def tiling(R: int, C: int, M: int, itemsize: int = 2) -> dict:
     }
 
 
+@functools.cache
+def shared_bytes(device: torch.device) -> int:
+    """Shared memory that a program may take; the interpreter's, as much as an H100's."""
+    if device.type != "cuda":
+        return 227 * 1024
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+def within(tile: dict, C: int, x_size: int, w_size: int, most: int) -> dict:
+    """The tile, or where a GPU has less shared memory than those it was measured on, one with less
+    of the weights under way."""
+    if tile["ROWS"] == 1:
+        return tile
+    column = tile["ROWS"] * x_size + tile["TILE"] * w_size
+    if column * tile.get("AHEAD", C // tile["SPLITS"]) > most:
+        tile = tile | {"ROWS": max(16, tile["ROWS"]), "AHEAD": 0, "PIECE": 64, "DEEP": 64}
+        tile |= {"APART": False, "num_stages": 8}
+        column = tile["ROWS"] * x_size + tile["TILE"] * w_size
+    stages = min(tile["num_stages"], most // (column * tile["DEEP"]))
+    return tile | {"num_stages": max(1, stages)}
+
+
 def pieces(n: int, most: int) -> tuple[int, ...]:
     """Powers of two, of `most` at most, that add up to n, or to what 16 divides: a matrix
     instruction takes no fewer."""
@@ -316,6 +338,7 @@ def small(
     """(out, weighted, squares) of `_linear` for x [M, C], w [R, C]."""
     (M, C), R = x.shape, w.shape[0]
     tile = tiling(R, C, M, w.itemsize) | (tile or {})
+    tile = within(tile, C, x.itemsize, w.itemsize, shared_bytes(x.device))
     if angles is not None:  # of which a tile has one head at most
         tile["TILE"] = min(tile["TILE"], TILE)
     rows, splits, tiles = tile["ROWS"], tile["SPLITS"], triton.cdiv(R, tile["TILE"])

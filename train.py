@@ -16,7 +16,7 @@ import sys
 import time
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain, product
 from pathlib import Path
@@ -149,7 +149,7 @@ def runs(text: str) -> set[tuple[str, ...]]:
     return {tuple(words[i : i + RUN]) for i in range(len(words) - RUN + 1)}
 
 
-def keep_prompts(llm: LLM, texts: Iterator[str], file: Path, apart: set) -> list[Request]:
+def keep_prompts(llm: LLM, texts: Iterable[str], file: Path, apart: set) -> list[Request]:
     """Requests of texts as prompts, without those that share a run of words with `apart`. `file`
     keeps them: once it is there, it counts."""
     if not file.exists():

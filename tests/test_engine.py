@@ -36,7 +36,7 @@ from fastspec import (
     packs_linears,
 )
 from model import ModelArgs, load_model, read_json
-from speculator import LayerNorm, load_speculator
+from speculator import LayerNorm, MLPSpeculator, SpeculatorArgs, load_speculator
 
 VOCAB = 97
 PROMPTS = [[5, 6, 7], [1] * 40, [9, 8], [3, 4, 5, 6, 11, 12, 13], [2]]
@@ -298,6 +298,18 @@ def test_a_cpu_verifies_likely_tokens_beside_a_chain(
         assert max(widths) > engine.k + 1 and max(widths) <= 1 + 4 * engine.k
         if least == 0:
             assert sum(steps) < sum(chain)
+
+
+def test_tokens_beside_a_chain_are_of_the_draft_vocabulary(model, monkeypatch):
+    monkeypatch.setattr(fastspec, "SIBLING", 0.0)
+    torch.manual_seed(0)
+    few = MLPSpeculator(SpeculatorArgs(48, 32, 3, 128, tie_weights=True, draft_vocab_size=9))
+    few.set_draft_ids(torch.arange(40, 58, 2))
+    engine = engine_for(model, few.requires_grad_(False))
+    tokens, parent = engine.draft_likely(torch.tensor([3]), torch.tensor([0]), False)
+    assert parent.tolist() == [[0, 0, 1, 2, 0, 0, 0, 1, 1, 1, 2, 2, 2]]
+    assert tokens[0, 0] == 3 and torch.isin(tokens[0, 1:], few.draft_ids).all()
+    assert all(len({*tokens[0, parent[0] == i].tolist()} - {3}) == 4 for i in range(3))
 
 
 def test_an_accepted_token_beside_the_chain_moves_to_its_end(model, speculator):

@@ -41,7 +41,9 @@ from gpu_kernels import (
     replace_linears,
     share,
     small,
+    tiling,
     top_children,
+    within,
 )
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -211,6 +213,23 @@ def test_small_product_in_16_bits_equals_plain(M, C):
         out, *_ = small(*half[:2], gated=True, **given)
         torch.testing.assert_close(out.float(), F.silu(gate) * up, **close)
     assert not counters(x.device).any()
+
+
+@pytest.mark.parametrize(("R", "C"), [(576, 576), (576, 1536), (28672, 4096), (96, 640)])
+@pytest.mark.parametrize("M", [1, 5, 16, 24, 64])
+def test_tiles_fit_into_less_shared_memory(M, R, C, monkeypatch):
+    """That of a consumer's GPU, 99 KiB; an H100's tiles are left as they are."""
+    tile = tiling(R, C, M)
+    assert within(tile, C, 2, 2, 227 * 1024) == tile
+    tile, most = within(tile, C, 2, 2, 99 * 1024), 99 * 1024
+    if M > 1:
+        columns = max(tile.get("AHEAD", C // tile["SPLITS"]), tile["num_stages"] * tile["DEEP"])
+        assert 2 * (tile["ROWS"] + tile["TILE"]) * columns <= most
+    if C < 4096:
+        monkeypatch.setattr(gpu_kernels, "shared_bytes", lambda device: most)
+        x, w = random(M, C).half(), random(R, C, scale=C**-0.5).half()
+        out, *_ = small(x, w, dtype=torch.float32)
+        torch.testing.assert_close(out, F.linear(x.float(), w.float()), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("C", [192, 512, 1024, 1536])
