@@ -963,13 +963,14 @@ def _leave(arrived, goal):
 
 @triton.jit
 def _mass_of_top_k(
-    x_at, begin, end, scale, top, wanted, sums, field, here, row_at, known, arrived, meetings,
-    blocks, PIECE: tl.constexpr, BLOCKS: tl.constexpr,
+    x_at, begin, end, scale, top, wanted, sums, block, blocks, arrived, meetings,
+    PIECE: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Sum of p = exp((x - top) * scale) over the `wanted` highest of a row and their equals. Six
-    passes find the 30 bits of the least such p: each counts how many reach 32 thresholds."""
+    passes find the 30 bits of the least such p: each counts how many reach 32 thresholds. sums: the
+    row's part [2, blocks, 32]."""
     at, j, b = tl.arange(0, PIECE), tl.arange(0, 32), tl.arange(0, BLOCKS)
-    bits = tl.zeros([], dtype=tl.int32)
+    known, bits = b < blocks, tl.zeros([], dtype=tl.int32)
     for i in range(6):
         threshold = (bits | (j << (25 - 5 * i))).to(tl.float32, bitcast=True)
         count = tl.zeros([32], dtype=tl.float32)
@@ -979,12 +980,12 @@ def _mass_of_top_k(
             p = tl.exp((x - top) * scale)
             reached = inside[:, None] & (p[:, None] >= threshold[None, :])
             count += tl.sum(reached.to(tl.float32), axis=0)
-        slot = sums + (i % 2) * field * 32  # some may still read what they met for before
-        tl.store(slot + here * 32 + j, count)
+        here = sums + (i % 2) * blocks * 32  # some may still read what they met for before
+        tl.store(here + block * 32 + j, count)
         meetings += blocks
         _meet(arrived, meetings)
-        sums_at = slot + (row_at + b)[:, None] * 32 + j[None, :]
-        counts = tl.load(sums_at, mask=known[:, None], other=0.0, cache_modifier=".cg")
+        counts_at = here + b[:, None] * 32 + j[None, :]
+        counts = tl.load(counts_at, mask=known[:, None], other=0.0, cache_modifier=".cg")
         found = tl.sum(counts, axis=0) >= wanted
         bits |= tl.max(tl.where(found, j, 0), axis=0) << (25 - 5 * i)
     least, mass = bits.to(tl.float32, bitcast=True), tl.zeros([PIECE], dtype=tl.float32)
@@ -992,9 +993,9 @@ def _mass_of_top_k(
         x = tl.load(x_at + start + at, mask=start + at < end, other=float("-inf"))
         p = tl.exp((x - top) * scale)
         mass += tl.where(p >= least, p, 0.0)
-    tl.store(sums + here * 32, tl.sum(mass, axis=0))
+    tl.store(sums + block * 32, tl.sum(mass, axis=0))
     _meet(arrived, meetings + blocks)
-    masses = tl.load(sums + (row_at + b) * 32, mask=known, other=0.0, cache_modifier=".cg")
+    masses = tl.load(sums + b * 32, mask=known, other=0.0, cache_modifier=".cg")
     return tl.sum(masses, axis=0)
 
 
@@ -1072,8 +1073,8 @@ def _filtered(
             unsure = kept & (wanted > 0) & (share < 1) & (above >= share * (above + its_p))
             if unsure & (mass < 0):
                 mass = _mass_of_top_k(
-                    x_at, begin, end, scale, top, wanted, sums, field, row * blocks + block,
-                    row * blocks, known, count + row, meetings, blocks, PIECE // 4, BLOCKS,
+                    x_at, begin, end, scale, top, wanted, sums + row * blocks * 64, block, blocks,
+                    count + row, meetings, PIECE // 4, BLOCKS,
                 )  # fmt: skip
                 meetings += 7 * blocks
             kept &= (unsure == 0) | (above < share * mass)
@@ -1142,7 +1143,7 @@ def choose(
     blocks = triton.cdiv(V, size)
     sums = None
     if top_k is not None:
-        sums = torch.empty(2, rows, blocks, 32, **floats)
+        sums = torch.empty(rows, 2, blocks, 32, **floats)
     given = top_k, top_p, min_p, torch.empty(6, rows, blocks, **floats), sums, out, count
     options = {"PIECE": PIECE, "BLOCKS": triton.next_power_of_2(blocks), **pdl(logits)}
     _filtered[(rows, blocks)](logits, *noisy, *given, V, n, size, blocks, **options)
