@@ -418,17 +418,15 @@ class Engine(nn.Module):
         given = candidates, root, ancestors, depth, live
         sampled, hidden, new_kv = self.verify(*given, noisy, filtered)
         drafted = candidates[:, 1:]
-        if parent is not None:  # from here on the accepted path is a chain like any other
-            if new_kv is None:
-                given = candidates, sampled, hidden, parent, live
-                drafted, sampled, hidden = self.keep_path(*given)
-            else:
-                walk = accepted_path if self.kernels is None else self.kernels.accepted_path
-                path = walk(candidates, sampled, parent, ancestors, depth, self.depth)  # [B P]
-                sampled, hidden = sampled.gather(1, path), hidden.take_along_dim(path[..., None], 1)
-                at = path[None, None, :, None, :, None]
-                new_kv = new_kv.take_along_dim(at, 4)  # [L 2 B K P E]
-                drafted = torch.where(path[:, 1:] > 0, sampled[:, :-1], -1)
+        # From here on a tree's accepted path is a chain like any other.
+        if parent is not None and new_kv is None:
+            drafted, sampled, hidden = self.keep_path(candidates, sampled, hidden, parent, live)
+        elif parent is not None:
+            walk = accepted_path if self.kernels is None else self.kernels.accepted_path
+            path = walk(candidates, sampled, parent, ancestors, depth, self.depth)  # [B P]
+            sampled, hidden = sampled.gather(1, path), hidden.take_along_dim(path[..., None], 1)
+            new_kv = new_kv.take_along_dim(path[None, None, :, None, :, None], 4)  # [L 2 B K P E]
+            drafted = torch.where(path[:, 1:] > 0, sampled[:, :-1], -1)
 
         room = torch.where(self.done, 0, self.limit - self.length)
         emitted, accepted, stopped = count_emitted(drafted, sampled, self.stop_ids, room)
@@ -546,10 +544,11 @@ class Engine(nn.Module):
     def draft_chooser(self, noisy: bool) -> Callable[..., tuple[Tensor, bool]]:
         """How `speculator.draft` chooses. On a CPU, where every candidate verified takes time, the
         drafts end once no sequence's are likely to be all accepted: with the one that shows it."""
+        every = not self.likely_only()
         joint = (~self.done).float()  # probability of the drafts so far, by row
 
         def choose(logits: Tensor, position: Tensor, ids: Tensor | None) -> tuple[Tensor, bool]:
-            if not self.likely_only():
+            if every:
                 given = logits[:, None], position[:, None], ids, noisy, False, self.draft_ranks
                 return self.choose(*given)[:, 0], True
             if noisy:
@@ -1627,7 +1626,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--speculator", help="directory or hub id; unset: the demo's, or none for a --checkpoint")
     add("--speculator-revision", help="revision of a speculator from the hub")
     add("--num-draft-tokens", type=int, help="tokens drafted per step; 0: none; unset: all heads")
-    tree = "verify a tree of N nodes per step; 0: a chain; unset: on a GPU 16, to 4 rows 8"
+    tree = "verify a tree of N nodes per step; 0: a chain; unset: on a GPU 16, up to 4 rows 8"
     add("--tree", type=int, metavar="N", help=tree)
     add("--draft-dtype", choices=["int8"], help="keep the speculator's matrices in 8 bits (GPU)")
     add("--top-k-tokens-per-head", type=integers, metavar="4,3,..", help="children in a tree")

@@ -285,8 +285,8 @@ def test_a_cpu_verifies_likely_tokens_beside_a_chain(
     model, speculator, monkeypatch, temperature, max_seq_len
 ):
     """Up to three at each depth, some of which are accepted, and the same text."""
-    params, options = SamplingParams(temperature=temperature, max_tokens=None), {}
-    options["max_seq_len"] = max_seq_len
+    params = SamplingParams(temperature=temperature, max_tokens=None)
+    options = {"max_seq_len": max_seq_len}
     expected, steps, _ = run(engine_for(model, **options), PROMPTS[:2], params, seed=4)
     chain = run(engine_for(model, speculator, **options), PROMPTS[:2], params, seed=4)[1]
     for least in (0.0, 1e-3, 1e-2):
