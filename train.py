@@ -420,9 +420,9 @@ def train(args: Namespace, target: Transformer, losses: HeadLosses, texts: list,
     optimizer = torch.optim.AdamW(
         speculator.parameters(), args.learning_rate, (0.9, 0.95), weight_decay=0.1, fused=True
     )
-    warm = max(1, args.steps // 50)  # steps; then a cosine, to 5 % of the peak
+    warm = max(1, args.steps // 50)  # steps; then a cosine
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda i: min((i + 1) / warm, 0.525 + 0.475 * math.cos(math.pi * i / args.steps))
+        optimizer, lambda i: min((i + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * i / args.steps))
     )
     parts = {"speculator": speculator, "optimizer": optimizer, "schedule": schedule}
     file, n = args.output / "state.pt", speculator.args.n_predict
