@@ -372,6 +372,9 @@ def small(
 # the programs' parts are joined in theirs. So the keys that a token sees are summed in the same
 # order whatever the live length is, and those that it does not see add exact zeros: its bfloat16
 # result is bit-identical however many tokens the steps before it accepted.
+# us of a layer on an H200, 240 of 1024 slots cached, 5 and 16 candidates: of the demo 4.2 and 5.0,
+# SDPA with a mask 49 and 33, FlexAttention 47 and 47; of the 8B shape 5.9 and 8.0, 66 and 48, 13
+# and 26.
 SPLIT = 64
 QUERIES = 16  # of a program, the fewest that a matrix instruction takes
 PARTS = 16  # programs at most that share a head's splits: the last of them reads all parts
