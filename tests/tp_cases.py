@@ -100,7 +100,7 @@ def goes_on(ranks, directory):
 
 
 def main(size, root):
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, where a shell began in `&`
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & may have it ignored
     ranks = tp.start(size)
     results = {"pids": [process.pid for process, _ in ranks.workers.values()]}
     for target in ("gqa", "biased", "nine", "bigcode"):
